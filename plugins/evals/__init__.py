@@ -1,0 +1,1 @@
+"""Built-in evals, one plugin per file."""

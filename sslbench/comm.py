@@ -1,0 +1,131 @@
+"""The only collectives. Every one is exact in its gradient: N ranks give one rank's gradient.
+
+Without an initialised process group each function is the identity of a world of one.
+
+The convention: each rank holds its rows of the global batch; data-parallel training averages parameter gradients
+over ranks. A loss built from :func:`global_mean` has, on every rank, the value of the global mean, and a
+gradient that becomes the gradient of that mean after averaging.
+"""
+
+from __future__ import annotations
+
+from typing import Any, cast
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+
+def is_active() -> bool:
+    """Whether a process group exists."""
+    return dist.is_available() and dist.is_initialized()
+
+
+def rank() -> int:
+    """This process's number in the world."""
+    return dist.get_rank() if is_active() else 0
+
+
+def world() -> int:
+    """How many processes train together."""
+    return dist.get_world_size() if is_active() else 1
+
+
+class _Gather(torch.autograd.Function):
+    """Concatenate rows of all ranks; the backward sums the gradients all ranks have for our rows."""
+
+    @staticmethod
+    def forward(ctx: Any, rows: Tensor) -> Tensor:
+        sizes = _row_counts(rows)
+        ctx.sizes = sizes
+        parts = [rows.new_empty((n, *rows.shape[1:])) for n in sizes]
+        if len(set(sizes)) == 1:
+            dist.all_gather(parts, rows.contiguous())
+        else:
+            for source, part in enumerate(parts):
+                if source == rank():
+                    part.copy_(rows)
+                dist.broadcast(part, source)
+        return torch.cat(parts)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> Tensor:
+        total = grads[0].contiguous().clone()
+        dist.all_reduce(total)
+        start = sum(ctx.sizes[: rank()])
+        return total[start : start + ctx.sizes[rank()]]
+
+
+class _AllSum(torch.autograd.Function):
+    """Sum over ranks; the backward sums the gradients of all ranks, each of which used the sum."""
+
+    @staticmethod
+    def forward(ctx: Any, value: Tensor) -> Tensor:
+        total = value.clone()
+        dist.all_reduce(total)
+        return total
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> Tensor:
+        total = grads[0].contiguous().clone()
+        dist.all_reduce(total)
+        return total
+
+
+def _row_counts(rows: Tensor) -> list[int]:
+    count = torch.tensor([rows.shape[0]], device=rows.device)
+    counts = [torch.zeros_like(count) for _ in range(world())]
+    dist.all_gather(counts, count)
+    return [int(c) for c in counts]
+
+
+def gather(rows: Tensor) -> Tensor:
+    """Concatenate ``[B, ...]`` of all ranks in rank order to ``[sum B, ...]``, differentiably."""
+    if world() == 1:
+        return rows
+    return cast(Tensor, _Gather.apply(rows))
+
+
+def all_sum(value: Tensor) -> Tensor:
+    """Sum a tensor over ranks, differentiably."""
+    if world() == 1:
+        return value
+    return cast(Tensor, _AllSum.apply(value))
+
+
+def global_mean(values: Tensor, weights: Tensor | None = None) -> Tensor:
+    """Mean of per-row values over the rows of all ranks.
+
+    Args:
+        values: ``[N]``; ``N`` may differ between ranks and may be zero.
+        weights: ``[N]`` non-negative, or None for ones.
+
+    Returns:
+        Scalar, equal on all ranks. With no row anywhere it is 0 and still attached to the graph.
+    """
+    weights = torch.ones_like(values) if weights is None else weights
+    total = all_sum((values * weights).sum())
+    count = all_sum(weights.sum().detach())
+    return total / count.clamp_min(torch.finfo(total.dtype).tiny)
+
+
+def broadcast(value: Tensor, source: int = 0) -> Tensor:
+    """Overwrite ``value`` with the source rank's copy and return it."""
+    if world() > 1:
+        dist.broadcast(value, source)
+    return value
+
+
+def broadcast_object(value: Any, source: int = 0) -> Any:
+    """Return the source rank's Python object on every rank."""
+    if world() == 1:
+        return value
+    box = [value]
+    dist.broadcast_object_list(box, source)
+    return box[0]
+
+
+def barrier() -> None:
+    """Wait for all ranks."""
+    if world() > 1:
+        dist.barrier()

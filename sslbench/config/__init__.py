@@ -1,0 +1,1 @@
+"""What to run: typed options, layered composition, the registry of recipes."""

@@ -1,0 +1,20 @@
+"""The base class of every option model, core or plugin."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from pydantic import BaseModel, ConfigDict, Field
+
+
+class Options(BaseModel):
+    """Typed, frozen options. Unknown keys are errors; a string under a field is its documentation."""
+
+    model_config = ConfigDict(
+        extra="forbid", frozen=True, use_attribute_docstrings=True, validate_default=True
+    )
+
+
+def cosmetic(default: Any, **kwargs: Any) -> Any:
+    """A field that cannot change results (names, paths, logging). It stays out of the config hash."""
+    return Field(default, json_schema_extra={"cosmetic": True}, **kwargs)

@@ -1,0 +1,141 @@
+"""Typed options of the core: run, train, optim, data, probe, checkpoint."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Literal
+
+from pydantic import Field, model_validator
+
+from sslbench.config.options import Options, cosmetic
+
+
+class RunOptions(Options):
+    """Who and where."""
+
+    seed: int = Field(1, ge=0)
+    """Seed of initialisation, data order, views and everything else that is random."""
+    name: str | None = cosmetic(None)
+    """Name of the run; unset: method-dataset-backbone-sSEED and a time stamp."""
+    dir: Path = cosmetic(Path("runs"))
+    """Folder that holds the run directories."""
+    experiment: str | None = cosmetic(None)
+    """MLflow experiment; unset: the name of the pretraining data set."""
+    tracking_uri: str | None = cosmetic(None)
+    """MLflow store; unset: MLFLOW_TRACKING_URI, else sqlite:///mlflow.db in the working directory."""
+    evals: tuple[str, ...] = cosmetic(("linear", "knn", "test"))
+    """Evaluations that run after pretraining, in this order; empty: none. Options go under `evals.NAME`."""
+    note: str | None = cosmetic(None)
+    """Free text shown with the run."""
+
+
+class TrainOptions(Options):
+    """The length and the machinery of training."""
+
+    epochs: int = Field(20, ge=1)
+    batch_size: int = Field(128, ge=2)
+    """Images in the global batch, over all devices. The last partial batch of an epoch is dropped."""
+    limit: int | None = Field(None, ge=1)
+    """Stop after this many steps; the run is stamped as limited and kept out of reports."""
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    precision: Literal["auto", "fp32", "bf16"] = "auto"
+    """`auto`: bf16 autocast on CUDA devices that support it, fp32 elsewhere."""
+    compile: bool = False
+    """Compile the method with torch.compile."""
+    channels_last: bool | None = None
+    """Memory layout of images and weights; unset: channels-last on CUDA only."""
+    clip_grad: float | None = Field(None, gt=0)
+    """Clip the global gradient norm to this value."""
+    deterministic: bool = True
+    """Ask torch for deterministic kernels."""
+    log_every: int = cosmetic(10, ge=1)
+    """Steps between two lines of metrics."""
+
+
+class OptimOptions(Options):
+    """Optimiser and learning-rate schedule."""
+
+    name: Literal["sgd", "lars", "adamw", "adam"] = "adamw"
+    lr: float = Field(1e-3, gt=0)
+    """Learning rate per `lr_per` images of the global batch; the effective value is logged too."""
+    lr_per: int | None = Field(None, ge=1)
+    """Linear scaling: effective lr = lr * batch_size / lr_per; unset: lr is used as it is."""
+    momentum: float = Field(0.9, ge=0, lt=1)
+    nesterov: bool = False
+    betas: tuple[float, float] = (0.9, 0.999)
+    """adam and adamw."""
+    weight_decay: float = Field(1e-4, ge=0)
+    exclude: Literal["1d", "bn-bias-names", "none"] = "1d"
+    """Parameters without weight decay and LARS scaling: `1d`: all vectors (biases and normalisation);
+    `bn-bias-names`: names containing "bn" or "bias", the rule the SCRL code shipped, which misses some scales."""
+    excluded_lr: Literal["lr", "lr-squared"] = "lr"
+    """Step size of excluded parameters under LARS; `lr-squared` reproduces the shipped SCRL code."""
+    trust: float = Field(1e-3, gt=0)
+    """LARS trust coefficient (eta)."""
+    lars_norm: Literal["joint", "separate"] = "joint"
+    """LARS denominator: `joint`: |g + wd*w| (BYOL authors); `separate`: |g| + wd*|w| (torchlars, SCRL)."""
+    schedule: Literal["cosine", "constant", "step"] = "cosine"
+    warmup_epochs: float = Field(0.0, ge=0)
+    """Linear warm-up. All schedules advance per step with fractional epochs; the first step is 1/steps."""
+    final_lr: float = Field(0.0, ge=0)
+    """Cosine: last value, as a fraction of the peak."""
+    milestones: tuple[float, ...] = (0.5, 0.75)
+    """Step: fractions of the run after which the rate is multiplied by `gamma`."""
+    gamma: float = Field(0.1, gt=0)
+
+
+class DataOptions(Options):
+    """How pixels reach the device."""
+
+    resident: Literal["auto", "device", "host", "off"] = cosmetic("auto")
+    """All images decoded in memory: on the training device, on the host, not at all (worker processes decode and
+    crop), or by size."""
+    workers: int | None = cosmetic(None, ge=0)
+    """Decoding processes when images are not resident; unset: one per core, 8 at most."""
+    resident_limit_mb: int = cosmetic(4096, ge=1)
+    """`auto` keeps images resident up to this size."""
+    max_unreadable: int = Field(0, ge=0)
+    """How many unreadable images are skipped (and named in the log) before the run ends with an error."""
+    val_fraction: float = Field(0.1, gt=0, lt=1)
+    """Share of `train` that evaluations carve off as `val`, class by class, when a data set has none."""
+
+
+class ProbeOptions(Options):
+    """Online probes: cheap evaluations during pretraining. They never change training."""
+
+    every: int = cosmetic(1, ge=0)
+    """Epochs between two probes; 0: none."""
+    images: int = cosmetic(2000, ge=10)
+    """How many training images feed a probe; at most half as many validation images."""
+    linear: bool = cosmetic(True)
+    knn: bool = cosmetic(True)
+
+
+class CheckpointOptions(Options):
+    """When state is saved and what is kept."""
+
+    every: int = cosmetic(1, ge=0)
+    """Epochs between two checkpoints; 0: only at the end."""
+    every_steps: int | None = cosmetic(None, ge=1)
+    """Also save every so many steps."""
+    keep: int = cosmetic(2, ge=1)
+    """How many of the newest checkpoints stay (the last one of a run always does)."""
+    keep_epochs: int | None = cosmetic(None, ge=1)
+    """Also keep every checkpoint whose epoch is a multiple of this."""
+
+
+class CoreOptions(Options):
+    """All sections that belong to the core."""
+
+    run: RunOptions = RunOptions()
+    train: TrainOptions = TrainOptions()
+    optim: OptimOptions = OptimOptions()
+    data: DataOptions = DataOptions()
+    probe: ProbeOptions = ProbeOptions()
+    checkpoint: CheckpointOptions = CheckpointOptions()
+
+    @model_validator(mode="after")
+    def _known_combinations(self) -> CoreOptions:
+        if self.optim.excluded_lr == "lr-squared" and self.optim.name != "lars":
+            raise ValueError("optim.excluded_lr 'lr-squared' exists for optim.name 'lars' only")
+        return self

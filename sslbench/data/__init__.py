@@ -1,0 +1,1 @@
+"""Images to batches: stores, the loader, views, augmentation kernels."""

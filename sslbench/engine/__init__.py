@@ -1,0 +1,1 @@
+"""Making it run: loop, optimisers, schedules, checkpoints."""

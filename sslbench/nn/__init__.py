@@ -1,0 +1,1 @@
+"""Blocks a method is built from."""

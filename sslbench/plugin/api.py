@@ -1,0 +1,356 @@
+"""The contracts of the four plugin kinds: method, backbone, dataset, evaluation protocol."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, ClassVar, Literal, NamedTuple, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from sslbench.config.options import Options
+from sslbench.plugin.viewspec import Blur, Jitter, ViewSpec
+from sslbench.rng import Draws
+
+__all__ = [
+    "Backbone",
+    "Batch",
+    "Blur",
+    "Build",
+    "Dataset",
+    "DatasetInfo",
+    "EvalProtocol",
+    "FeatureTable",
+    "Features",
+    "Jitter",
+    "Job",
+    "Method",
+    "MethodConfig",
+    "Options",
+    "Progress",
+    "Source",
+    "View",
+    "ViewSpec",
+]
+
+
+class View(NamedTuple):
+    """One view of each image of a batch."""
+
+    images: Tensor
+    """float ``[B,3,H,W]``, normalised with the data set's mean and standard deviation."""
+    box: Tensor
+    """float ``[B,4]``: the crop's x0, y0, x1, y1 as fractions of the un-flipped source image."""
+    flip: Tensor
+    """bool ``[B]``: whether the view is mirrored horizontally."""
+    source_size: Tensor
+    """float ``[B,2]``: width and height of the source image in pixels."""
+
+
+@dataclass
+class Batch:
+    """This rank's share of one global batch."""
+
+    views: tuple[View, ...]
+    """In the order the method declared them, a spec with ``count: k`` giving k neighbours."""
+    index: Tensor
+    """int64 ``[B]``: numbers of the samples in the data set."""
+    draws: Draws
+    labels: Tensor | None = None
+    """int64 ``[B]``; None unless the method declares ``uses_labels``."""
+    _uses: int = field(default=0, repr=False)
+
+    def __len__(self) -> int:
+        return len(self.index)
+
+    def uniform(self, *shape: int) -> Tensor:
+        """float32 ``[B, *shape]`` in [0, 1): a pure function of (seed, step, sample position, call number)."""
+        self._uses += 1
+        return self.draws.uniform(f"method/{self._uses}", *shape).to(self.index.device)
+
+
+class Features(NamedTuple):
+    """What a backbone returns."""
+
+    pooled: Tensor
+    """``[B,D]``"""
+    map: Tensor
+    """``[B,D,h,w]``: the last feature map, before pooling."""
+
+
+@dataclass(frozen=True)
+class Progress:
+    """Where a run stands. Schedules are pure functions of it."""
+
+    step: int
+    """Zero-based step."""
+    steps: int
+    steps_per_epoch: int
+
+    @property
+    def fraction(self) -> float:
+        """Share of the run that lies behind the current step, in [0, 1)."""
+        return self.step / self.steps
+
+    @property
+    def epoch(self) -> int:
+        """Zero-based epoch."""
+        return self.step // self.steps_per_epoch
+
+
+class Backbone(nn.Module, ABC):
+    """A feature extractor without a head.
+
+    Args:
+        cfg: its validated options.
+        image_size: side in pixels of the largest view it will see; lets ``stem: auto`` choose.
+    """
+
+    name: ClassVar[str]
+    Config: ClassVar[type[Options]] = Options
+    provides: ClassVar[frozenset[str]] = frozenset({"pooled", "map"})
+
+    dim: int
+    """Number of features D."""
+    stride: int
+    """Input pixels per cell of the feature map."""
+
+    def __init__(self, cfg: Options, image_size: int) -> None:
+        super().__init__()
+        self.cfg = cfg
+        self.image_size = image_size
+
+    @abstractmethod
+    def forward(self, images: Tensor) -> Features:
+        """``[B,3,H,W]`` to :class:`Features`."""
+
+
+@dataclass(frozen=True)
+class Build:
+    """What a method may know when it is built."""
+
+    make_backbone: Callable[[], Backbone]
+    global_batch: int
+    num_images: int
+    steps: int
+    steps_per_epoch: int
+    num_classes: int | None = None
+    """None unless the method declares ``uses_labels``."""
+
+    def backbone(self) -> Backbone:
+        """A freshly initialised backbone. Each call gives another initialisation."""
+        return self.make_backbone()
+
+
+class MethodConfig(Options):
+    """Options every method has. Subclass it and give ``views`` a default."""
+
+    views: tuple[ViewSpec, ...] = ()
+    """The views of each image, in order."""
+
+
+class Method(nn.Module, ABC):
+    """A self-supervised method: images in, a loss out.
+
+    A method owns its networks and its mathematics. It never sees loggers, optimisers, ranks or files, and no
+    labels unless it declares ``uses_labels``.
+    """
+
+    name: ClassVar[str]
+    Config: ClassVar[type[MethodConfig]] = MethodConfig
+    defaults: ClassVar[Mapping[str, Any]] = {}
+    """Core options this method wants, as a nested mapping (``{"optim": {"name": "lars"}}``)."""
+    requires: ClassVar[frozenset[str]] = frozenset({"pooled"})
+    """What it needs of a backbone: ``pooled``, ``map``."""
+    uses_labels: ClassVar[bool] = False
+    trains: ClassVar[bool] = True
+    """False for a method that only provides weights, such as the random control."""
+
+    backbone: Backbone
+
+    def __init__(self, cfg: MethodConfig, build: Build) -> None:
+        super().__init__()
+        self.cfg = cfg
+
+    @abstractmethod
+    def forward(self, batch: Batch) -> dict[str, Tensor]:
+        """Return ``{"loss": fp32 scalar, ...}``; other scalars are logged as ``train/<key>``."""
+
+    def param_groups(self) -> list[dict[str, Any]] | None:
+        """Optimiser groups ``{"params": [(name, parameter)], "lr_scale": 1.0}``; None: one group of everything."""
+        return None
+
+    def start_epoch(self, epoch: int) -> None:
+        """Called before the first step of each epoch (zero-based)."""
+
+    def before_step(self, progress: Progress) -> None:
+        """Called after backward and before the optimiser's step: edit gradients here."""
+
+    def after_step(self, progress: Progress) -> None:
+        """Called after the optimiser's step: EMA, queues, prototype normalisation."""
+
+    def export(self) -> Backbone:
+        """The network that evaluations use."""
+        return self.backbone
+
+
+@dataclass(frozen=True)
+class DatasetInfo:
+    """Facts of a data set."""
+
+    classes: tuple[str, ...]
+    size: int | None
+    """Side of its square images in pixels; None if sizes vary."""
+    mean: tuple[float, float, float]
+    std: tuple[float, float, float]
+    splits: tuple[str, ...]
+    """``train`` and ``test``; perhaps ``val`` and ``unlabeled``."""
+    pretrain_split: str = "train"
+    task: Literal["classification", "unlabelled"] = "classification"
+
+
+class Source(ABC):
+    """The raw images of one split."""
+
+    @abstractmethod
+    def __len__(self) -> int: ...
+
+    @abstractmethod
+    def image(self, index: int) -> Tensor:
+        """uint8 ``[3,H,W]``."""
+
+    @property
+    @abstractmethod
+    def targets(self) -> Tensor | None:
+        """int64 ``[N]`` class numbers, or None for unlabelled images."""
+
+    def pixels(self) -> Tensor | None:
+        """All images as uint8 ``[N,3,H,W]`` if they are in memory already, else None."""
+        return None
+
+    def image_sizes(self) -> Tensor:
+        """int64 ``[N,2]`` heights and widths, without decoding where the format allows it."""
+        pixels = self.pixels()
+        if pixels is None:
+            raise NotImplementedError(f"{type(self).__name__} must define image_sizes()")
+        return torch.tensor(pixels.shape[-2:]).expand(len(self), 2)
+
+    def describe(self, index: int) -> str:
+        """A name for the image in messages, such as its path."""
+        return f"image {index}"
+
+
+class Dataset(ABC):
+    """A named data set with fixed splits.
+
+    Raises:
+        DataError: from ``__init__`` or :meth:`split` when files are missing, naming the layout that is expected
+            and how to get it.
+    """
+
+    name: ClassVar[str]
+    Config: ClassVar[type[Options]] = Options
+
+    def __init__(self, cfg: Options) -> None:
+        self.cfg = cfg
+
+    @property
+    @abstractmethod
+    def info(self) -> DatasetInfo: ...
+
+    @abstractmethod
+    def split(self, name: str) -> Source:
+        """One of ``info.splits``."""
+
+    @abstractmethod
+    def fingerprint(self) -> str:
+        """A hex digest that changes when images or targets change (contents, not paths or dates)."""
+
+
+class FeatureTable(NamedTuple):
+    """Frozen features of a split, in data set order."""
+
+    features: Tensor
+    """float32 ``[N,D]`` on the job's device."""
+    labels: Tensor
+    """int64 ``[N]``"""
+    index: Tensor
+    """int64 ``[N]``: numbers of the samples in their data set split."""
+
+
+class Job(Protocol):
+    """What an evaluation protocol may do. Splits: ``train`` (without ``val``), ``val``, ``trainval``, ``test``."""
+
+    seed: int
+    device: torch.device
+    classes: tuple[str, ...]
+    run_dir: Path
+    """Run directory of the pretrained model."""
+    out_dir: Path
+    """This evaluation's own directory."""
+    dataset_key: str
+    """Name of the data set in metric keys."""
+
+    def backbone(self) -> Backbone:
+        """The frozen backbone in eval mode. Evaluations must leave it unchanged; this is checked."""
+        ...
+
+    def features(self, split: str) -> FeatureTable:
+        """Pooled features of the whole split without augmentation, from the cache if possible."""
+        ...
+
+    def batches(
+        self, split: str, views: Sequence[ViewSpec], batch_size: int, epoch: int
+    ) -> Iterator[tuple[Batch, Tensor]]:
+        """One shuffled epoch of augmented batches with their labels, for protocols that cannot cache."""
+        ...
+
+    def generator(self, stream: str) -> torch.Generator:
+        """A CPU generator seeded by (run seed, protocol, stream)."""
+        ...
+
+    def log(self, step: int, metrics: Mapping[str, float]) -> None:
+        """Log a point of this evaluation's curves."""
+        ...
+
+    def save(self, name: str, tensors: Mapping[str, Any]) -> Path:
+        """Write a file of tensors and plain values into ``out_dir``."""
+        ...
+
+    def load_from(self, protocol: str, name: str) -> dict[str, Any]:
+        """Load a file that another protocol saved for the same model and data set."""
+        ...
+
+    def write_report(self, name: str, content: Any) -> Path:
+        """Write a JSON report into ``out_dir``."""
+        ...
+
+    def child(
+        self, protocol: str, dataset: str, dataset_options: Mapping[str, Any], options: Mapping[str, Any]
+    ) -> dict[str, float]:
+        """Run another protocol on the same model as an evaluation of its own and return its metrics."""
+        ...
+
+
+class EvalProtocol(ABC):
+    """An evaluation protocol. Bump ``version`` whenever its numbers may change."""
+
+    name: ClassVar[str]
+    version: ClassVar[int]
+    Config: ClassVar[type[Options]] = Options
+    metrics: ClassVar[Mapping[str, Literal["max", "min"]]]
+    """What it returns and which direction is better."""
+    primary: ClassVar[str]
+    """The headline metric, a key of ``metrics``."""
+    splits: ClassVar[frozenset[str]]
+    """The splits it may open. Only the protocol named ``test`` may open ``test``."""
+
+    def __init__(self, cfg: Options) -> None:
+        self.cfg = cfg
+
+    @abstractmethod
+    def run(self, job: Job) -> dict[str, float]:
+        """Evaluate and return the values of ``metrics``. Percentages are in [0, 100]."""

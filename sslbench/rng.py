@@ -1,0 +1,83 @@
+"""Counter-based random numbers: every draw is a pure function of (seed, stream, step, position).
+
+There is no generator state. A worker process, a second rank or a resumed run computes the same numbers for
+the same sample, so world size and interruptions cannot change the data. The generator is SplitMix64
+(Steele, Lea & Flood, "Fast splittable pseudorandom number generators", OOPSLA 2014, section 4) used as a
+hash of a counter.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+
+import torch
+from torch import Tensor
+
+_GOLDEN = 0x9E3779B97F4A7C15
+_MIX_A = 0xBF58476D1CE4E5B9
+_MIX_B = 0x94D049BB133111EB
+_MASK64 = (1 << 64) - 1
+
+
+def _signed(value: int) -> int:
+    """The int64 with the same bits as the unsigned 64-bit ``value``."""
+    value &= _MASK64
+    return value - (1 << 64) if value >> 63 else value
+
+
+def _shift_right(x: Tensor, bits: int) -> Tensor:
+    """Logical right shift of int64 (torch's own is arithmetic)."""
+    return (x >> bits) & ((1 << (64 - bits)) - 1)
+
+
+def _mix(x: Tensor) -> Tensor:
+    x = (x ^ _shift_right(x, 30)) * _signed(_MIX_A)
+    x = (x ^ _shift_right(x, 27)) * _signed(_MIX_B)
+    return x ^ _shift_right(x, 31)
+
+
+def derive_seed(*parts: object) -> int:
+    """A 63-bit seed that is a stable function of ``parts`` (any values with a stable ``str``)."""
+    text = "\x1f".join(str(part) for part in parts)
+    return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "big") >> 1
+
+
+def hash_uniform(key: int, counters: Tensor, numbers: int) -> Tensor:
+    """Uniform numbers in [0, 1) for each counter.
+
+    Args:
+        key: seed of the stream.
+        counters: int64 ``[B]``, one per sample.
+        numbers: how many numbers each sample gets.
+
+    Returns:
+        float32 ``[B, numbers]`` with 24 random bits each.
+    """
+    sample_keys = _mix(counters * _signed(_GOLDEN) + _signed(key))
+    offsets = torch.arange(1, numbers + 1, dtype=torch.int64, device=counters.device) * _signed(_GOLDEN)
+    bits = _mix(sample_keys[:, None] + offsets)
+    return _shift_right(bits, 40).to(torch.float32) * (1.0 / (1 << 24))
+
+
+class Draws:
+    """The random numbers of one step, by stream name and sample position.
+
+    Args:
+        seed: the run's seed.
+        step: the training step (any int that separates independent uses).
+        positions: int64 ``[B]``, positions of the samples in the global batch of the step.
+    """
+
+    def __init__(self, seed: int, step: int, positions: Tensor) -> None:
+        self.seed = seed
+        self.step = step
+        self.positions = positions
+
+    def __len__(self) -> int:
+        return len(self.positions)
+
+    def uniform(self, stream: str, *shape: int) -> Tensor:
+        """float32 ``[B, *shape]`` in [0, 1), the same for the same (seed, step, position, stream)."""
+        key = derive_seed(self.seed, self.step, stream)
+        return hash_uniform(key, self.positions, math.prod(shape)).reshape(len(self), *shape)

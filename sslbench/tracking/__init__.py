@@ -1,0 +1,1 @@
+"""The journal and MLflow. The only package that imports mlflow."""
