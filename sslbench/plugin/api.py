@@ -277,7 +277,7 @@ class FeatureTable(NamedTuple):
     """float32 ``[N,D]`` on the job's device."""
     labels: Tensor
     """int64 ``[N]``"""
-    index: Tensor
+    indices: Tensor
     """int64 ``[N]``: numbers of the samples in their data set split."""
 
 
