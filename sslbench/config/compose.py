@@ -1,0 +1,259 @@
+"""Five layers to one typed, frozen configuration that knows where each value came from.
+
+Lowest to highest: defaults of core and plugins, the method's own defaults, the recipe, ``--config FILE``, and
+``key=value`` on the command line. Composition is pure: nothing is rescaled or inferred later.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import yaml
+from pydantic import BaseModel
+
+from sslbench.config.options import Options
+from sslbench.config.registry import Registry
+from sslbench.config.schema import CoreOptions
+from sslbench.config.tree import Tree, flatten, merge, plain
+from sslbench.config.validate import ConfigProblems, Problem, check
+from sslbench.errors import ConfigError, did_you_mean
+from sslbench.plugin.catalog import Catalog, Kind
+
+PLUGIN_SECTIONS: tuple[Kind, ...] = ("method", "backbone", "dataset")
+CORE_SECTIONS = tuple(CoreOptions.model_fields)
+SECTIONS = (*PLUGIN_SECTIONS, *CORE_SECTIONS, "evals")
+DEFAULT = "default"
+
+
+class Layer(NamedTuple):
+    """Some values and where they came from."""
+
+    origin: str
+    values: Tree
+
+
+@dataclass(frozen=True)
+class Selection:
+    """A plugin chosen by a configuration, with its validated options."""
+
+    kind: Kind
+    name: str
+    cls: type[Any]
+    cfg: Options
+
+
+@dataclass(frozen=True)
+class Composed:
+    """A complete configuration."""
+
+    core: CoreOptions
+    method: Selection
+    backbone: Selection
+    dataset: Selection
+    evals: Mapping[str, Options]
+    """Options of each evaluation that is named anywhere in the configuration."""
+    recipe: str | None
+    tree: Tree
+    """All values as plain data, as written to config.yaml."""
+    origins: Mapping[str, str]
+    """Dotted key to the origin of its value."""
+
+    def hash(self) -> str:
+        """A digest of everything that can change the pretrained weights."""
+        return _digest(self.essence())
+
+    def group_hash(self) -> str:
+        """The same without the seed: runs that differ only by chance share it."""
+        return _digest({key: value for key, value in self.essence().items() if key != "run.seed"})
+
+    def essence(self) -> dict[str, Any]:
+        """Dotted keys and values that can change the pretrained weights."""
+        models = {"method": self.method.cfg, "backbone": self.backbone.cfg, "dataset": self.dataset.cfg}
+        models |= {name: getattr(self.core, name) for name in CORE_SECTIONS}
+        skip = {f"{section}.{name}" for section, model in models.items() for name in _cosmetic_fields(model)}
+        flat = dict(flatten(self.tree))
+        return {
+            key: value
+            for key, value in flat.items()
+            if not key.startswith(("evals.", "recipe")) and ".".join(key.split(".")[:2]) not in skip
+        }
+
+
+def compose(catalog: Catalog, registry: Registry, *, recipe: str | None, layers: Sequence[Layer]) -> Composed:
+    """Compose a pretraining configuration.
+
+    Args:
+        layers: configuration files and command line, lowest first; the recipe comes below them.
+
+    Raises:
+        ConfigProblems: with every problem found.
+        PluginError: a named plugin is unknown or broken.
+    """
+    given = [Layer("registry defaults", registry.defaults)]
+    if recipe is not None:
+        given += [Layer(f"recipe {name}", part.config) for name, part in registry.recipe_chain(recipe)]
+    given += layers
+    names = {section: _chosen_name(given, section) for section in PLUGIN_SECTIONS}
+    classes = {section: catalog.load(section, name) for section, name in names.items()}
+    base = [
+        Layer(DEFAULT, _default_tree(names, classes)),
+        Layer(f"method {names['method']}", dict(classes["method"].defaults)),
+    ]
+    tree: Tree = {}
+    origins: dict[str, str] = {}
+    for layer in [*base, *_without_other_plugins(given, names)]:
+        merge(tree, layer.values, layer.origin, origins)
+    return _Validator(catalog, classes, tree, origins, recipe).run()
+
+
+def read_config_file(path: Path) -> Layer:
+    """A ``--config`` file as a layer."""
+    try:
+        values = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ConfigError(f"--config {path} cannot be read: {error.strerror}") from error
+    except yaml.YAMLError as error:
+        raise ConfigError(f"--config {path} is not valid YAML: {error}") from error
+    if not isinstance(values, dict):
+        raise ConfigError(f"--config {path} must hold sections such as 'train:', found {type(values).__name__}")
+    return Layer(str(path), values)
+
+
+class _Validator:
+    """Turns a merged tree into typed sections and collects every problem on the way."""
+
+    def __init__(
+        self,
+        catalog: Catalog,
+        classes: Mapping[Kind, type[Any]],
+        tree: Tree,
+        origins: dict[str, str],
+        recipe: str | None,
+    ) -> None:
+        self.catalog = catalog
+        self.classes = classes
+        self.tree = tree
+        self.origins = origins
+        self.recipe = recipe
+        self.problems: list[Problem] = []
+
+    def run(self) -> Composed:
+        self._check_top_level()
+        plugins = {kind: self._plugin(kind) for kind in PLUGIN_SECTIONS}
+        core_values = {name: self.tree.get(name, {}) for name in CORE_SECTIONS}
+        core = self._section(CoreOptions, core_values, "")
+        evals = self._evals(core)
+        if self.problems or core is None or None in plugins.values():
+            raise ConfigProblems(self.problems)
+        chosen = {
+            kind: Selection(kind, self.tree[kind]["name"], self.classes[kind], cfg)
+            for kind, cfg in plugins.items()
+        }
+        tree: Tree = {kind: {"name": s.name, **plain(s.cfg)} for kind, s in chosen.items()}
+        tree |= plain(core) | {"evals": plain(evals), "recipe": self.recipe}
+        return Composed(
+            core=core,
+            method=chosen["method"],
+            backbone=chosen["backbone"],
+            dataset=chosen["dataset"],
+            evals=evals,
+            recipe=self.recipe,
+            tree=tree,
+            origins=self.origins,
+        )
+
+    def _check_top_level(self) -> None:
+        for key in self.tree:
+            if key not in SECTIONS and key != "recipe":
+                guess = did_you_mean(key, SECTIONS)
+                self.problems.append(Problem(key, f"unknown section{guess}", self._origin(key)))
+
+    def _plugin(self, kind: Kind) -> Any:
+        values = {key: value for key, value in self.tree[kind].items() if key != "name"}
+        return self._section(self.classes[kind].Config, values, kind)
+
+    def _evals(self, core: CoreOptions | None) -> dict[str, Options]:
+        given = self.tree.get("evals") or {}
+        if not isinstance(given, dict):
+            self.problems.append(Problem("evals", "must hold sections such as 'linear:'", self._origin("evals")))
+            return {}
+        names = [*(core.run.evals if core else ()), *given]
+        found: dict[str, Options] = {}
+        for name in dict.fromkeys(names):
+            cfg = self._section(self.catalog.load("eval", name).Config, given.get(name) or {}, f"evals.{name}")
+            if cfg is not None:
+                found[name] = cfg
+        return found
+
+    def _section(self, model: type[Any], values: Tree, prefix: str) -> Any:
+        cfg, problems = check(model, values, prefix, self._origin)
+        self.problems += problems
+        return cfg
+
+    def _origin(self, key: str) -> str:
+        while key:
+            if key in self.origins:
+                return self.origins[key]
+            nested = [origin for known, origin in self.origins.items() if known.startswith(key + ".")]
+            if nested:
+                return nested[-1]
+            key = key.rpartition(".")[0]
+        return "nothing set it"
+
+
+def _default_tree(names: Mapping[Kind, str], classes: Mapping[Kind, type[Any]]) -> Tree:
+    tree: Tree = {name: _defaults_of(getattr(CoreOptions(), name).__class__) for name in CORE_SECTIONS}
+    for kind, cls in classes.items():
+        tree[kind] = {"name": names[kind], **_defaults_of(cls.Config)}
+    return tree
+
+
+def _defaults_of(model: type[BaseModel]) -> Tree:
+    return {
+        name: plain(field.get_default(call_default_factory=True))
+        for name, field in model.model_fields.items()
+        if not field.is_required()
+    }
+
+
+def _cosmetic_fields(model: BaseModel) -> list[str]:
+    return [
+        name
+        for name, field in type(model).model_fields.items()
+        if isinstance(field.json_schema_extra, dict) and field.json_schema_extra.get("cosmetic")
+    ]
+
+
+def _chosen_name(layers: Sequence[Layer], section: Kind) -> str:
+    for layer in reversed(layers):
+        values = layer.values.get(section)
+        if isinstance(values, dict) and values.get("name"):
+            return str(values["name"])
+    raise ConfigProblems([Problem(f"{section}.name", f"required; pass --{section} NAME", "nothing set it")])
+
+
+def _digest(values: Mapping[str, Any]) -> str:
+    text = json.dumps(plain(values), sort_keys=True)
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+def _without_other_plugins(layers: Sequence[Layer], names: Mapping[Kind, str]) -> list[Layer]:
+    """Drop options that a layer meant for a plugin which a higher layer replaced by another."""
+    current: dict[Kind, str] = {}
+    kept = []
+    for layer in layers:
+        values = dict(layer.values)
+        for kind, final in names.items():
+            section = values.get(kind)
+            if not isinstance(section, dict):
+                continue
+            current[kind] = str(section.get("name", current.get(kind, final)))
+            if current[kind] != final:
+                del values[kind]
+        kept.append(Layer(layer.origin, values))
+    return kept
