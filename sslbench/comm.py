@@ -86,6 +86,11 @@ def gather(rows: Tensor) -> Tensor:
     return cast(Tensor, _Gather.apply(rows))
 
 
+def row_offset(rows: Tensor) -> int:
+    """How many rows of other ranks come before this rank's own in :func:`gather`."""
+    return sum(_row_counts(rows)[: rank()]) if world() > 1 else 0
+
+
 def all_sum(value: Tensor) -> Tensor:
     """Sum a tensor over ranks, differentiably."""
     if world() == 1:

@@ -1,0 +1,28 @@
+"""Projection and prediction heads."""
+
+from __future__ import annotations
+
+from itertools import pairwise
+
+from torch import nn
+
+
+def mlp(*dims: int, norm: bool = True, final_bias: bool = True) -> nn.Sequential:
+    """A multi-layer perceptron on rows: Linear, BatchNorm, ReLU for each hidden layer, then Linear.
+
+    Hidden linear layers keep their bias before the normalisation, as in every paper's code that we follow, so
+    parameter counts match theirs.
+
+    Args:
+        dims: widths from input to output, at least two; ``mlp(2048, 4096, 256)`` has one hidden layer.
+        norm: batch normalisation of the hidden layers (off in MoCo v2).
+        final_bias: bias of the last layer (off in BYOL and SCRL).
+    """
+    layers: list[nn.Module] = []
+    for width, next_width in pairwise(dims[:-1]):
+        layers.append(nn.Linear(width, next_width))
+        if norm:
+            layers.append(nn.BatchNorm1d(next_width))
+        layers.append(nn.ReLU(inplace=True))
+    layers.append(nn.Linear(dims[-2], dims[-1], bias=final_bias))
+    return nn.Sequential(*layers)
