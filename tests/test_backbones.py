@@ -48,8 +48,8 @@ def test_parameter_counts_and_dims(name, parameters, dim):
     assert backbone.dim == dim
 
 
-@pytest.mark.parametrize("size", [16, 28, 32, 33, 64])
-@pytest.mark.parametrize("name", [*SMALL, "resnet18"])
+@pytest.mark.parametrize("size", [16, 28, 33])
+@pytest.mark.parametrize("name", ["conv4", "resnet8", "resnet56", "resnet18"])
 def test_shapes_and_pooling(name, size):
     backbone = build(name, image_size=size)
     images = torch.randn(2, 3, size, size)
@@ -62,7 +62,7 @@ def test_shapes_and_pooling(name, size):
         torch.testing.assert_close(pooled, feature_map.mean((2, 3)), rtol=0, atol=0)
 
 
-@pytest.mark.parametrize(("name", "side"), [("conv4", 28), ("resnet8", 56), ("resnet18", 7), ("resnet50", 7)])
+@pytest.mark.parametrize(("name", "side"), [("conv4", 28), ("resnet8", 56), ("resnet18", 7)])
 def test_large_images(name, side):
     backbone = build(name, image_size=224).eval()
     with torch.no_grad():
@@ -104,7 +104,7 @@ def test_torchvision_weights_load_strictly_and_agree(name):
     assert list(backbone.state_dict()) == list(weights)
     backbone.load_state_dict(weights, strict=True)
     reference.fc = nn.Identity()
-    images = torch.randn(2, 3, 64, 64)
+    images = torch.randn(1, 3, 64, 64)
     with torch.no_grad():
         torch.testing.assert_close(backbone(images).pooled, reference(images))
 
@@ -129,7 +129,7 @@ def test_zero_init_residual():
 def test_every_parameter_gets_a_gradient():
     for name in (*SMALL, "resnet18"):
         backbone = build(name)
-        backbone(torch.randn(4, 3, 32, 32)).pooled.square().sum().backward()
+        backbone(torch.randn(2, 3, 16, 16)).pooled.square().sum().backward()
         assert all(p.grad is not None for p in backbone.parameters())
 
 

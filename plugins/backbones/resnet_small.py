@@ -32,7 +32,8 @@ class _BasicBlock(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         residual = self.bn2(self.conv2(self.relu(self.bn1(self.conv1(x)))))
-        return self.relu(residual + self.downsample(x))
+        out: Tensor = self.relu(residual + self.downsample(x))
+        return out
 
 
 def _stage(channels_in: int, channels_out: int, stride: int, blocks: int) -> nn.Sequential:
