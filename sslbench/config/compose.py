@@ -19,7 +19,7 @@ from pydantic import BaseModel
 from sslbench.config.options import Options
 from sslbench.config.registry import Registry
 from sslbench.config.schema import CoreOptions
-from sslbench.config.tree import Tree, flatten, merge, plain
+from sslbench.config.tree import Tree, differences, flatten, merge, plain
 from sslbench.config.validate import ConfigProblems, Problem, check
 from sslbench.errors import ConfigError, did_you_mean
 from sslbench.plugin.catalog import Catalog, Kind
@@ -257,3 +257,10 @@ def _without_other_plugins(layers: Sequence[Layer], names: Mapping[Kind, str]) -
                 del values[kind]
         kept.append(Layer(layer.origin, values))
     return kept
+
+
+def differences_from_saved(composed: Composed, saved: Path) -> list[str]:
+    """Rows for every option that changes results and differs from a run's saved config.yaml."""
+    before = dict(flatten(read_config_file(saved).values))
+    now = composed.essence()
+    return differences({key: before.get(key) for key in now}, now)

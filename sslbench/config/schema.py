@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Literal
 
 from pydantic import Field, model_validator
@@ -17,8 +16,6 @@ class RunOptions(Options):
     """Seed of initialisation, data order, views and everything else that is random."""
     name: str | None = cosmetic(None)
     """Name of the run; unset: method-dataset-backbone-sSEED and a time stamp."""
-    dir: Path = cosmetic(Path("runs"))
-    """Folder that holds the run directories."""
     experiment: str | None = cosmetic(None)
     """MLflow experiment; unset: the name of the pretraining data set."""
     tracking_uri: str | None = cosmetic(None)

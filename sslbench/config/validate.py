@@ -48,7 +48,7 @@ def check(
     if not isinstance(values, dict):
         return None, [Problem(prefix, f"must be a section with keys, found {values!r}", origin_of(prefix))]
     try:
-        return model.modelcheck(values), []
+        return model.model_validate(values), []
     except ValidationError as error:
         return None, [_problem(model, details, prefix, origin_of) for details in error.errors()]
 

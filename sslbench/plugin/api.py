@@ -258,6 +258,11 @@ class Dataset(ABC):
         self.cfg = cfg
 
     @property
+    def key(self) -> str:
+        """Its name in metric keys and tables; a data set made of user files adds which files."""
+        return self.name
+
+    @property
     @abstractmethod
     def info(self) -> DatasetInfo: ...
 

@@ -1,0 +1,263 @@
+"""Checkpoints: written whole or not at all, verified when read, loadable without sslbench.
+
+``checkpoints/step-00001234/`` holds
+
+* ``state.pt``: method (weights, teachers, queues), optimiser and step; loads at any world size.
+* ``backbone.pt``: the exported backbone's plain state dict, no prefixes.
+* ``meta.json``: :class:`CheckpointMeta`, with the SHA-256 of both files.
+
+All files are read with ``weights_only``. One file for the state, rather than torch.distributed.checkpoint's
+folder, because that format's index is a pickle.
+"""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import json
+import os
+import pickle
+import shutil
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+from sslbench.config.options import Options
+from sslbench.config.validate import validate_section
+from sslbench.errors import CheckpointError
+from sslbench.plugin.api import Backbone
+from sslbench.plugin.catalog import Catalog
+
+STATE, BACKBONE, META, LATEST = "state.pt", "backbone.pt", "meta.json", "LATEST"
+FOLDER = "checkpoints"
+
+
+class BackboneMeta(BaseModel):
+    """How to build the backbone again."""
+
+    name: str
+    options: dict[str, Any]
+    image_size: int
+    """Side in pixels of the largest view it was trained with; the default side for evaluations."""
+    dim: int
+    stride: int
+
+
+class CheckpointMeta(BaseModel):
+    """What a checkpoint is. Unknown keys of later versions are ignored."""
+
+    model_config = ConfigDict(extra="ignore")
+
+    format: int = 1
+    step: int
+    epoch: int
+    method: str
+    uses_labels: bool
+    limited: bool
+    seed: int
+    backbone: BackboneMeta
+    dataset: str
+    dataset_fingerprint: str
+    mean: tuple[float, float, float]
+    std: tuple[float, float, float]
+    config_hash: str
+    plugins: list[dict[str, str]]
+    sslbench: str
+    sha256: dict[str, str] = {}
+
+
+def save(run_dir: Path, meta: CheckpointMeta, backbone: Mapping[str, Any], state: Mapping[str, Any]) -> Path:
+    """Write a checkpoint and make it the latest one.
+
+    Returns:
+        Its folder.
+
+    Raises:
+        CheckpointError: the disk is full or not writable; earlier checkpoints are untouched.
+    """
+    final = run_dir / FOLDER / f"step-{meta.step:08d}"
+    partial = final.with_name(final.name + ".partial")
+    try:
+        shutil.rmtree(partial, ignore_errors=True)
+        partial.mkdir(parents=True)
+        digests = {
+            BACKBONE: _write_tensors(partial / BACKBONE, backbone),
+            STATE: _write_tensors(partial / STATE, state),
+        }
+        complete = meta.model_copy(update={"sha256": digests})
+        _write_text(partial / META, complete.model_dump_json(indent=2))
+        shutil.rmtree(final, ignore_errors=True)
+        os.replace(partial, final)
+        _sync_folder(final.parent)
+        _point_latest(final)
+    except (OSError, RuntimeError) as error:
+        shutil.rmtree(partial, ignore_errors=True)
+        raise _write_failure(final, error) from error
+    return final
+
+
+def list_checkpoints(run_dir: Path) -> list[Path]:
+    """All complete checkpoints, oldest first."""
+    return sorted(path.parent for path in (run_dir / FOLDER).glob(f"step-????????/{META}"))
+
+
+def latest(run_dir: Path, log: Callable[[str], None]) -> Path:
+    """The newest intact checkpoint; damaged ones are named in the log and passed over.
+
+    Raises:
+        CheckpointError: there is none.
+    """
+    candidates = list_checkpoints(run_dir)[::-1]
+    pointed = _pointed(run_dir)
+    if pointed in candidates:
+        candidates = [pointed, *(c for c in candidates if c.name < pointed.name)]
+    for candidate in candidates:
+        try:
+            read_meta(candidate, verify=True)
+        except CheckpointError as error:
+            log(f"{error.message}; trying the checkpoint before it")
+            continue
+        return candidate
+    damaged = f"; {len(candidates)} damaged" if candidates else ""
+    raise CheckpointError(
+        f"{run_dir} has no intact checkpoint{damaged}", hint="start the run again with sslbench pretrain"
+    )
+
+
+def read_meta(path: Path, *, verify: bool) -> CheckpointMeta:
+    """The meta data of a checkpoint folder.
+
+    Args:
+        verify: also compare the SHA-256 of its files.
+
+    Raises:
+        CheckpointError: missing, unreadable or damaged.
+    """
+    try:
+        meta = CheckpointMeta.model_validate_json((path / META).read_text(encoding="utf-8"))
+    except (OSError, ValidationError, UnicodeDecodeError) as error:
+        raise CheckpointError(f"checkpoint {path} cannot be read ({META}): {_first_line(error)}") from error
+    if verify:
+        for name, digest in meta.sha256.items():
+            file = path / name
+            if not file.is_file():
+                raise CheckpointError(f"checkpoint {path} is damaged: {name} is missing")
+            if _digest(file) != digest:
+                raise CheckpointError(f"checkpoint {path} is damaged: {name} does not match its SHA-256")
+    return meta
+
+
+def load_tensors(file: Path) -> dict[str, Any]:
+    """Read a file of tensors and plain values on the CPU; no code in it is ever executed."""
+    try:
+        return cast("dict[str, Any]", torch.load(file, map_location="cpu", weights_only=True))
+    except (OSError, RuntimeError, pickle.UnpicklingError, EOFError, ValueError) as error:
+        raise CheckpointError(f"{file} cannot be loaded: {_first_line(error)}") from error
+
+
+def load_backbone(path: Path, catalog: Catalog) -> tuple[Backbone, CheckpointMeta]:
+    """Build the backbone of a checkpoint and load its weights strictly.
+
+    Raises:
+        CheckpointError: damaged, or the weights do not fit the backbone.
+        PluginError: its backbone plugin is not installed here.
+    """
+    meta = read_meta(path, verify=True)
+    cls = catalog.load("backbone", meta.backbone.name)
+    cfg: Options = validate_section(cls.Config, meta.backbone.options, "backbone", str(path / META))
+    backbone: Backbone = cls(cfg, meta.backbone.image_size)
+    weights = load_tensors(path / BACKBONE)
+    missing, unexpected = backbone.load_state_dict(weights, strict=False)
+    if missing or unexpected:
+        raise CheckpointError(
+            f"{path / BACKBONE} does not fit backbone '{meta.backbone.name}': "
+            f"missing {missing[:5]}, unexpected {unexpected[:5]}"
+        )
+    return backbone, meta
+
+
+def prune(run_dir: Path, keep: int, keep_epochs: int | None) -> list[Path]:
+    """Delete old checkpoints.
+
+    Args:
+        keep: how many of the newest stay.
+        keep_epochs: those whose epoch is a multiple of this stay as well.
+
+    Returns:
+        The deleted folders.
+    """
+    deleted = []
+    for path in list_checkpoints(run_dir)[:-keep]:
+        if keep_epochs and _epoch(path) % keep_epochs == 0:
+            continue
+        shutil.rmtree(path, ignore_errors=True)
+        deleted.append(path)
+    return deleted
+
+
+def _epoch(path: Path) -> int:
+    return read_meta(path, verify=False).epoch
+
+
+def _write_tensors(file: Path, content: Mapping[str, Any]) -> str:
+    with file.open("wb") as stream:
+        torch.save(dict(content), stream)
+        stream.flush()
+        os.fsync(stream.fileno())
+    return _digest(file)
+
+
+def _write_text(file: Path, text: str) -> None:
+    with file.open("w", encoding="utf-8") as stream:
+        stream.write(text)
+        stream.flush()
+        os.fsync(stream.fileno())
+
+
+def _sync_folder(folder: Path) -> None:
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def _point_latest(path: Path) -> None:
+    pointer = path.parent / LATEST
+    fresh = pointer.with_suffix(".partial")
+    _write_text(fresh, json.dumps(path.name))
+    os.replace(fresh, pointer)
+
+
+def _pointed(run_dir: Path) -> Path:
+    try:
+        return run_dir / FOLDER / str(json.loads((run_dir / FOLDER / LATEST).read_text(encoding="utf-8")))
+    except (OSError, ValueError):
+        return run_dir / FOLDER / "nothing"
+
+
+def _digest(file: Path) -> str:
+    with file.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
+def _write_failure(path: Path, error: BaseException) -> CheckpointError:
+    full = getattr(error, "errno", None) == errno.ENOSPC or _disk_is_full(path)
+    reason = "the disk is full" if full else _first_line(error)
+    return CheckpointError(
+        f"checkpoint {path} could not be written: {reason}; earlier checkpoints are untouched",
+        hint="free some space or move the runs folder (--runs), then: sslbench pretrain --resume RUN",
+    )
+
+
+def _disk_is_full(path: Path) -> bool:
+    """torch.save reports a failed write as RuntimeError without an errno."""
+    folder = next((parent for parent in path.parents if parent.exists()), Path("/"))
+    return shutil.disk_usage(folder).free < 1 << 20
+
+
+def _first_line(error: BaseException) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]

@@ -1,0 +1,89 @@
+"""What a person sees of a run: messages and one progress line on stderr."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping
+from typing import Any
+
+from rich.console import Console as RichConsole
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
+
+_SHOWN = ("train/loss", "train/top1", "train/lr", "perf/images_per_second", "perf/data_wait_share")
+
+
+class Console:
+    """Messages and progress on stderr; a bar on a terminal, else about one line per tenth of the run."""
+
+    def __init__(self, *, quiet: bool = False) -> None:
+        self.rich = RichConsole(stderr=True, quiet=quiet, highlight=False)
+        self._bar: Progress | None = None
+        self._task: Any = None
+        self._lines: tuple[int, int, int] | None = None
+
+    def info(self, message: str) -> None:
+        self.rich.print(message, markup=False)
+
+    def warn(self, message: str) -> None:
+        self.rich.print(f"[yellow]Warning:[/yellow] {_escape(message)}")
+
+    def begin(self, title: str, start: int, total: int) -> None:
+        """Start showing progress over steps ``start`` to ``total``."""
+        self._eta = _Eta(start, total)
+        if self.rich.is_terminal:
+            self._bar = Progress(
+                TextColumn("{task.description}"),
+                BarColumn(bar_width=24),
+                MofNCompleteColumn(),
+                TextColumn("{task.fields[line]}"),
+                console=self.rich,
+                transient=True,
+            )
+            self._bar.start()
+            self._task = self._bar.add_task(title, total=total, completed=start, line="")
+        else:
+            self._lines = (start, total, start)
+
+    def update(self, step: int, metrics: Mapping[str, float]) -> None:
+        """Show the metrics of a step."""
+        line = f"{_format(metrics)}  eta {self._eta.at(step)}"
+        if self._bar is not None:
+            self._bar.update(self._task, completed=step, line=line)
+        elif self._lines is not None:
+            start, total, last = self._lines
+            if step >= total or step - last >= max(1, (total - start) // 10):
+                self._lines = (start, total, step)
+                self.info(f"  step {step}/{total}  {line}")
+
+    def end(self) -> None:
+        """Stop showing progress."""
+        if self._bar is not None:
+            self._bar.stop()
+        self._bar = self._lines = None
+
+
+class _Eta:
+    def __init__(self, start: int, total: int) -> None:
+        self.start, self.total, self.began = start, total, time.monotonic()
+
+    def at(self, step: int) -> str:
+        rate = (time.monotonic() - self.began) / max(1, step - self.start)
+        seconds = round(rate * (self.total - step))
+        minutes, rest = divmod(seconds, 60)
+        hours, minutes = divmod(minutes, 60)
+        return f"{hours}:{minutes:02d}:{rest:02d}" if hours else f"{minutes}:{rest:02d}"
+
+
+def _format(metrics: Mapping[str, float]) -> str:
+    words = {
+        "train/loss": lambda v: f"loss {v:.4f}",
+        "train/top1": lambda v: f"top1 {v:.1f} %",
+        "train/lr": lambda v: f"lr {v:.3g}",
+        "perf/images_per_second": lambda v: f"{v:,.0f} images/s",
+        "perf/data_wait_share": lambda v: f"data wait {100 * v:.0f} %",
+    }
+    return "  ".join(words[key](metrics[key]) for key in _SHOWN if key in metrics)
+
+
+def _escape(text: str) -> str:
+    return text.replace("[", "\\[")

@@ -1,0 +1,282 @@
+"""The training loop. It receives built objects and knows no plugin, file or tracker."""
+
+from __future__ import annotations
+
+import math
+import resource
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from sslbench import comm
+from sslbench.config.schema import CoreOptions
+from sslbench.engine.optim import set_learning_rate
+from sslbench.engine.schedule import learning_rate, peak_lr
+from sslbench.errors import DivergedError, PluginError
+from sslbench.plugin.api import Batch, Method, Progress
+from sslbench.rng import derive_seed
+
+
+class Loader(Protocol):
+    """What the loop needs of a training loader."""
+
+    steps_per_epoch: int
+    wait_seconds: float
+
+    def batches(self, start_step: int, stop_step: int) -> Iterator[Batch]: ...
+
+
+class Observer(Protocol):
+    """Who is told what happens. All calls come from every rank."""
+
+    def metrics(self, step: int, values: Mapping[str, float]) -> None: ...
+    def probe(self, step: int, epoch: int) -> None: ...
+    def save(self, step: int, meter: Mapping[str, Any]) -> None: ...
+    def should_stop(self) -> bool: ...
+
+
+@dataclass
+class Plan:
+    """How long a run is and where it starts and ends."""
+
+    core: CoreOptions
+    steps_per_epoch: int
+    start_step: int = 0
+
+    @property
+    def steps(self) -> int:
+        """Steps of the complete schedule, which a limit does not shorten."""
+        return self.core.train.epochs * self.steps_per_epoch
+
+    @property
+    def stop_step(self) -> int:
+        return min(self.steps, self.core.train.limit or self.steps)
+
+    def saves_after(self, done: int) -> bool:
+        """Whether a checkpoint is due after ``done`` steps."""
+        options = self.core.checkpoint
+        if done == self.stop_step:
+            return True
+        if options.every_steps and done % options.every_steps == 0:
+            return True
+        epoch, rest = divmod(done, self.steps_per_epoch)
+        return bool(options.every) and rest == 0 and epoch % options.every == 0
+
+    def probes_after(self, done: int) -> bool:
+        epoch, rest = divmod(done, self.steps_per_epoch)
+        every = self.core.probe.every
+        return bool(every) and ((rest == 0 and epoch % every == 0) or done == self.stop_step)
+
+
+@dataclass
+class Meter:
+    """Sums of scalars on the device since the last line; part of a checkpoint so that lines resume too."""
+
+    sums: dict[str, Tensor] = field(default_factory=dict)
+    count: int = 0
+
+    def add(self, values: Mapping[str, Tensor]) -> None:
+        for key, value in values.items():
+            value = value.detach().double()
+            self.sums[key] = self.sums[key] + value if key in self.sums else value
+        self.count += 1
+
+    def flush(self) -> dict[str, float]:
+        """Means over steps and ranks, read from the device in one go."""
+        keys = list(self.sums)
+        packed = torch.stack([self.sums[key] for key in keys]) / self.count
+        means = (comm.all_sum(packed) / comm.world()).tolist()
+        self.sums, self.count = {}, 0
+        return dict(zip(keys, means, strict=True))
+
+    def state(self) -> dict[str, Any]:
+        return {"sums": {key: value.cpu() for key, value in self.sums.items()}, "count": self.count}
+
+    @classmethod
+    def restore(cls, state: Mapping[str, Any], device: torch.device) -> Meter:
+        return cls({key: value.to(device) for key, value in state["sums"].items()}, int(state["count"]))
+
+
+@dataclass
+class Clock:
+    """Throughput since the last line, without the time spent in probes and checkpoints."""
+
+    global_batch: int
+    started: float = field(default_factory=time.perf_counter)
+    paused: float = 0.0
+    steps: int = 0
+    waited: float = 0.0
+
+    def flush(self, wait_seconds: float) -> dict[str, float]:
+        seconds = max(time.perf_counter() - self.started - self.paused, 1e-9)
+        values = {
+            "perf/images_per_second": self.steps * self.global_batch / seconds,
+            "perf/data_wait_share": min(1.0, (wait_seconds - self.waited) / seconds),
+            "perf/memory_mb": _memory_mb(),
+        }
+        self.started, self.paused, self.steps, self.waited = time.perf_counter(), 0.0, 0, wait_seconds
+        return values
+
+    def pause(self) -> AbstractContextManager[None]:
+        return _Pause(self)
+
+
+class _Pause(AbstractContextManager[None]):
+    def __init__(self, clock: Clock) -> None:
+        self.clock = clock
+
+    def __enter__(self) -> None:
+        self.began = time.perf_counter()
+
+    def __exit__(self, *exc: object) -> None:
+        self.clock.paused += time.perf_counter() - self.began
+
+
+class Loop:
+    """Train a method from ``plan.start_step`` to ``plan.stop_step``.
+
+    Args:
+        model: the method, perhaps wrapped for data-parallel training.
+        method: the method itself.
+    """
+
+    def __init__(
+        self,
+        *,
+        model: nn.Module,
+        method: Method,
+        optimizer: torch.optim.Optimizer,
+        loader: Loader,
+        plan: Plan,
+        observer: Observer,
+        device: torch.device,
+        bf16: bool,
+        meter: Meter | None = None,
+    ) -> None:
+        self.model = model
+        self.method = method
+        self.optimizer = optimizer
+        self.loader = loader
+        self.plan = plan
+        self.observer = observer
+        self.device = device
+        self.bf16 = bf16
+        self.core = plan.core
+        self.meter = meter or Meter()
+        self.clock = Clock(self.core.train.batch_size)
+        self.peak = peak_lr(self.core.optim, self.core.train.batch_size)
+
+    def run(self) -> bool:
+        """Train.
+
+        Returns:
+            True if the run is complete, False if it was asked to stop; its state is saved then.
+
+        Raises:
+            DivergedError: the loss is not finite.
+            PluginError: the method breaks its contract.
+        """
+        for done, batch in enumerate(
+            self.loader.batches(self.plan.start_step, self.plan.stop_step), self.plan.start_step + 1
+        ):
+            self._step(Progress(done - 1, self.plan.steps, self.plan.steps_per_epoch), batch)
+            stopping = self.observer.should_stop()
+            self._after(done, stopping)
+            if stopping and done < self.plan.stop_step:
+                return False
+        return True
+
+    def _step(self, progress: Progress, batch: Batch) -> None:
+        # Dropout and the like draw from torch's generators: seeding them per step makes a resumed run exact.
+        torch.manual_seed(derive_seed(self.core.run.seed, "step", progress.step, comm.rank()))
+        if progress.step % self.plan.steps_per_epoch == 0:
+            self.method.start_epoch(progress.epoch)
+        set_learning_rate(self.optimizer, self._lr(progress.step))
+        with self._autocast():
+            output = self.model(batch)
+        if progress.step == self.plan.start_step:
+            self._check_output(output)
+        output["loss"].backward()
+        if progress.step == self.plan.start_step:
+            self._check_gradients()
+        self.method.before_step(progress)
+        if self.core.train.clip_grad:
+            nn.utils.clip_grad_norm_(self.method.parameters(), self.core.train.clip_grad)
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        self.method.after_step(progress)
+        self.meter.add(output)
+        self.clock.steps += 1
+
+    def _after(self, done: int, stopping: bool) -> None:
+        if done % self.core.train.log_every == 0 or done == self.plan.stop_step:
+            self._log(done)
+        with self.clock.pause():
+            if self.plan.probes_after(done):
+                self.observer.probe(done, done // self.plan.steps_per_epoch)
+            if stopping or self.plan.saves_after(done):
+                self._check_finite_weights(done)
+                self.observer.save(done, self.meter.state())
+
+    def _log(self, done: int) -> None:
+        values = {f"train/{key}": value for key, value in self.meter.flush().items()}
+        self._check_finite(done, values)
+        values["train/lr"] = self._lr(done - 1)
+        values["train/epoch"] = done / self.plan.steps_per_epoch
+        self.observer.metrics(done, values | self.clock.flush(self.loader.wait_seconds))
+
+    def _lr(self, step: int) -> float:
+        return learning_rate(
+            self.core.optim,
+            peak=self.peak,
+            step=step,
+            steps=self.plan.steps,
+            steps_per_epoch=self.plan.steps_per_epoch,
+        )
+
+    def _autocast(self) -> AbstractContextManager[Any]:
+        return torch.autocast(self.device.type, torch.bfloat16) if self.bf16 else nullcontext()
+
+    def _check_output(self, output: Any) -> None:
+        loss = output.get("loss") if isinstance(output, dict) else None
+        if not isinstance(loss, Tensor) or loss.dim() != 0 or loss.dtype != torch.float32:
+            shown = f"{loss.dtype} {tuple(loss.shape)}" if isinstance(loss, Tensor) else repr(loss)
+            raise PluginError(f"method '{self.method.name}' must return {{'loss': a float32 scalar}}, got {shown}")
+        self._check_finite(self.plan.start_step + 1, {"train/loss": float(loss)})
+
+    def _check_gradients(self) -> None:
+        """A trainable parameter without a gradient would silently stop averaging between ranks."""
+        without = [n for n, p in self.method.named_parameters() if p.requires_grad and p.grad is None]
+        if without:
+            raise PluginError(
+                f"method '{self.method.name}': {len(without)} trainable parameters received no gradient, "
+                f"among them {', '.join(without[:4])}",
+                hint="freeze them with requires_grad_(False) or use them in the loss",
+            )
+
+    def _check_finite(self, done: int, values: Mapping[str, float]) -> None:
+        bad = {key: value for key, value in values.items() if not math.isfinite(value)}
+        if bad:
+            first = max(self.plan.start_step, done - self.core.train.log_every) + 1
+            raise DivergedError(
+                f"not finite between steps {first} and {done}: {bad}; learning rate {self._lr(done - 1):.4g}",
+                hint="resume from the last checkpoint with a lower optim.lr, a longer optim.warmup_epochs or "
+                "train.clip_grad",
+            )
+
+    def _check_finite_weights(self, done: int) -> None:
+        """Never replace a good checkpoint by one whose loss was already lost between two log lines."""
+        if self.meter.count:
+            loss = float(self.meter.sums["loss"])
+            self._check_finite(done, {"train/loss": loss})
+
+
+def _memory_mb() -> float:
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated() / 2**20
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024

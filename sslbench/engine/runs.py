@@ -1,0 +1,69 @@
+"""Finding the run a user means."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from sslbench.errors import CheckpointError, did_you_mean
+
+RUN_FILE = "run.json"
+
+
+def find_run(reference: str, root: Path) -> Path:
+    """The run directory of ``reference``: a path, a run's name, (the start of) its id, or ``last``.
+
+    Raises:
+        CheckpointError: no run or more than one fits.
+    """
+    direct = Path(reference).expanduser()
+    if (direct / RUN_FILE).is_file():
+        return direct.resolve()
+    named = root / reference
+    if (named / RUN_FILE).is_file():
+        return named.resolve()
+    runs = pretrained_runs(root)
+    if reference == "last" and runs:
+        return runs[-1][1]
+    matching = [path for record, path in runs if _fits(record, reference)]
+    if len(matching) == 1:
+        return matching[0]
+    if matching:
+        raise CheckpointError(f"'{reference}' fits {len(matching)} runs in {root}", hint="give the full name")
+    raise _unknown(reference, root, [record for record, _ in runs])
+
+
+def pretrained_runs(root: Path) -> list[tuple[dict[str, Any], Path]]:
+    """Records and directories of all runs under ``root`` that hold a model, oldest first."""
+    found: dict[Path, dict[str, Any]] = {}
+    for file in [*root.glob(f"*/{RUN_FILE}"), *root.glob(f"*/*/{RUN_FILE}"), *root.glob(f"*/*/*/{RUN_FILE}")]:
+        record = _read(file)
+        if record.get("kind") in ("pretrain", "import"):
+            found[file.parent.resolve()] = record
+    return sorted(((r, p) for p, r in found.items()), key=lambda item: float(item[0].get("started", 0)))
+
+
+def _fits(record: dict[str, Any], reference: str) -> bool:
+    return record.get("name") == reference or (
+        len(reference) >= 6 and str(record.get("run_id", "")).startswith(reference)
+    )
+
+
+def _read(file: Path) -> dict[str, Any]:
+    try:
+        content = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return content if isinstance(content, dict) else {}
+
+
+def _unknown(reference: str, root: Path, records: list[dict[str, Any]]) -> CheckpointError:
+    if not records:
+        return CheckpointError(
+            f"there is no run in {root}", hint="train one first: sslbench pretrain --method simclr"
+        )
+    guess = did_you_mean(reference, [str(record.get("name")) for record in records])
+    return CheckpointError(
+        f"no run in {root} is named '{reference}'{guess}", hint="sslbench list runs   shows all of them"
+    )

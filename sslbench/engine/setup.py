@@ -1,0 +1,192 @@
+"""From a configuration to the objects of a run: device, data set, method, loader."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from sslbench import comm
+from sslbench.config.compose import Composed
+from sslbench.config.schema import TrainOptions
+from sslbench.data.loader import TrainLoader
+from sslbench.data.splits import eval_split
+from sslbench.data.store import open_store
+from sslbench.data.views import ViewExecutor, expand
+from sslbench.engine.loop import Plan
+from sslbench.errors import ConfigError, LaunchError, PluginError
+from sslbench.plugin.api import Backbone, Build, Dataset, Method, Source, ViewSpec
+from sslbench.rng import derive_seed
+
+#: Side of a view when neither the method nor the data set (its images vary in size) says otherwise.
+DEFAULT_SIZE = 224
+
+
+@dataclass
+class Parts:
+    """The built objects of one pretraining run."""
+
+    device: torch.device
+    bf16: bool
+    dataset: Dataset
+    method: Method
+    image_size: int
+    loader: TrainLoader | None
+    """None for a method that does not train."""
+    plan: Plan | None
+
+
+def choose_device(options: TrainOptions) -> torch.device:
+    """The device this process trains on.
+
+    Raises:
+        LaunchError: CUDA was asked for and is not there.
+    """
+    available = torch.cuda.is_available()
+    if options.device == "cuda" and not available:
+        raise LaunchError(
+            "train.device=cuda, but torch sees no CUDA device", hint="train.device=cpu, or sslbench doctor"
+        )
+    if options.device == "cpu" or not available:
+        return torch.device("cpu")
+    return torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
+
+
+def choose_bf16(options: TrainOptions, device: torch.device) -> bool:
+    """Whether to autocast to bfloat16."""
+    if options.precision == "auto":
+        return device.type == "cuda" and torch.cuda.is_bf16_supported()
+    return options.precision == "bf16"
+
+
+def prepare_torch(options: TrainOptions) -> None:
+    """Process-wide switches of torch; called once, by a run, never on import."""
+    torch.use_deterministic_algorithms(options.deterministic, warn_only=True)
+    torch.backends.cudnn.deterministic = options.deterministic
+    torch.backends.cudnn.benchmark = not options.deterministic
+
+
+def make_dataset(composed: Composed) -> Dataset:
+    dataset: Dataset = composed.dataset.cls(composed.dataset.cfg)
+    return dataset
+
+
+def image_size(specs: tuple[ViewSpec, ...], dataset: Dataset) -> int:
+    """Side of the largest view."""
+    fallback = dataset.info.size or DEFAULT_SIZE
+    return max((spec.size or fallback for spec in specs), default=fallback)
+
+
+def check_requirements(composed: Composed) -> None:
+    """Refuse a backbone that lacks what the method needs, before anything is built."""
+    missing = composed.method.cls.requires - composed.backbone.cls.provides
+    if missing:
+        raise ConfigError(
+            f"method '{composed.method.name}' needs {', '.join(sorted(missing))} features, "
+            f"which backbone '{composed.backbone.name}' does not provide",
+            hint="sslbench list backbones",
+        )
+
+
+def build_parts(composed: Composed, log: Callable[[str], None]) -> Parts:
+    """Build everything a pretraining run needs.
+
+    Raises:
+        SslbenchError: of the kind that fits what is wrong.
+    """
+    check_requirements(composed)
+    core = composed.core
+    device = choose_device(core.train)
+    dataset = make_dataset(composed)
+    specs = composed.method.cfg.views  # type: ignore[attr-defined]
+    side = image_size(specs, dataset)
+    if not composed.method.cls.trains:
+        method = _build_method(composed, dataset, side, num_images=0, steps_per_epoch=1)
+        return Parts(device, False, dataset, method.to(device), side, None, None)
+    loader = _make_loader(composed, dataset, specs, device, log)
+    method = _build_method(composed, dataset, side, loader.num_images, loader.steps_per_epoch)
+    layout = _memory_format(core.train, device)
+    method = method.to(device=device, memory_format=layout)  # type: ignore[call-overload]
+    if core.train.compile:
+        compile_backbones(method)
+    plan = Plan(core, loader.steps_per_epoch)
+    return Parts(device, choose_bf16(core.train, device), dataset, method, side, loader, plan)
+
+
+def compile_backbones(method: nn.Module) -> None:
+    """Compile each backbone in place, which leaves state-dict keys alone."""
+    for module in method.modules():
+        if isinstance(module, Backbone):
+            module.compile()
+
+
+def _build_method(
+    composed: Composed, dataset: Dataset, side: int, num_images: int, steps_per_epoch: int
+) -> Method:
+    core, backbone = composed.core, composed.backbone
+    torch.manual_seed(derive_seed(core.run.seed, "initialisation"))
+    build = Build(
+        make_backbone=lambda: backbone.cls(backbone.cfg, side),
+        global_batch=core.train.batch_size,
+        num_images=num_images,
+        steps=core.train.epochs * steps_per_epoch,
+        steps_per_epoch=steps_per_epoch,
+        num_classes=len(dataset.info.classes) if composed.method.cls.uses_labels else None,
+    )
+    method: Any = composed.method.cls(composed.method.cfg, build)
+    if not isinstance(getattr(method, "backbone", None), Backbone):
+        raise PluginError(
+            f"method '{composed.method.name}' has no attribute 'backbone' that is a Backbone",
+            hint="set self.backbone = build.backbone() in its __init__",
+        )
+    return method  # type: ignore[no-any-return]
+
+
+def _make_loader(
+    composed: Composed,
+    dataset: Dataset,
+    specs: tuple[ViewSpec, ...],
+    device: torch.device,
+    log: Callable[[str], None],
+) -> TrainLoader:
+    core, info = composed.core, dataset.info
+    if not specs:
+        raise PluginError(f"method '{composed.method.name}' declares no views")
+    source, indices = _training_images(composed, dataset)
+    executor = ViewExecutor(
+        expand(specs, info.size or DEFAULT_SIZE),
+        size=info.size or DEFAULT_SIZE,
+        mean=info.mean,
+        std=info.std,
+        device=device,
+        channels_last=_memory_format(core.train, device) == torch.channels_last,
+    )
+    return TrainLoader(
+        source,
+        open_store(source, core.data, device, log),
+        executor,
+        seed=core.run.seed,
+        global_batch=core.train.batch_size,
+        rank=comm.rank(),
+        world=comm.world(),
+        labels=composed.method.cls.uses_labels,
+        indices=indices,
+        workers=core.data.workers,
+        device=device,
+    )
+
+
+def _training_images(composed: Composed, dataset: Dataset) -> tuple[Source, torch.Tensor | None]:
+    """All images of the pretraining split; a method that sees labels must not see those of ``val``."""
+    if composed.method.cls.uses_labels:
+        return eval_split(dataset, "train", composed.core.data.val_fraction)
+    return dataset.split(dataset.info.pretrain_split), None
+
+
+def _memory_format(options: TrainOptions, device: torch.device) -> torch.memory_format:
+    wanted = options.channels_last if options.channels_last is not None else device.type == "cuda"
+    return torch.channels_last if wanted else torch.contiguous_format

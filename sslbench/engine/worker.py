@@ -1,0 +1,394 @@
+"""Wires a pretraining run together: configuration, parts, loop, checkpoints, tracking, evaluations."""
+
+from __future__ import annotations
+
+import signal
+import time
+import traceback
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import FrameType
+from typing import Any, Literal
+
+import pluggy
+import torch
+
+from sslbench import __version__, comm
+from sslbench.config.compose import Composed, differences_from_saved
+from sslbench.config.tree import plain
+from sslbench.engine import checkpoint
+from sslbench.engine.checkpoint import BackboneMeta, CheckpointMeta
+from sslbench.engine.console import Console
+from sslbench.engine.evaluate import EvalOutcome, evaluate_run, plan_after_pretraining
+from sslbench.engine.loop import Loop, Meter
+from sslbench.engine.optim import build_optimizer
+from sslbench.engine.setup import Parts, build_parts, prepare_torch
+from sslbench.errors import CheckpointError, ConfigError, ExitCode, PreemptedError, SslbenchError
+from sslbench.evaluation.probes import OnlineProbes, collapse_warning
+from sslbench.plugin.catalog import Catalog
+from sslbench.tracking import Tracker
+
+Status = Literal["FINISHED", "FAILED", "KILLED"]
+
+
+@dataclass
+class Outcome:
+    """What a pretraining command achieved."""
+
+    run_dir: Path
+    run_id: str
+    name: str
+    steps: int
+    seconds: float
+    evals: list[EvalOutcome] = field(default_factory=list)
+    failed: list[str] = field(default_factory=list)
+    """Evaluations that failed; the model and the other evaluations are kept."""
+    exit_code: int = 0
+
+
+def pretrain(
+    composed: Composed,
+    catalog: Catalog,
+    root: Path,
+    console: Console,
+    *,
+    resume: Path | None = None,
+    init_from: Path | None = None,
+) -> Outcome:
+    """Pretrain and evaluate.
+
+    Args:
+        root: folder of the run directories.
+        resume: run directory to continue exactly.
+        init_from: run directory whose backbone weights are the start.
+
+    Raises:
+        SslbenchError: after the run is closed with its final status and error.json is written.
+    """
+    started = time.monotonic()
+    prepare_torch(composed.core.train)
+    if resume is not None:
+        _check_same_config(composed, resume)
+    parts = build_parts(composed, console.info)
+    if init_from is not None:
+        _initialise(parts, init_from, catalog)
+    tracker = _open_tracker(composed, parts, root, console, resume)
+    with _closing(tracker, console) as stop:
+        steps = _train(composed, catalog, parts, tracker, console, stop, resume)
+        console.info(
+            f"Pretrained {tracker.run_dir.name if not composed.core.run.name else composed.core.run.name}"
+        )
+    outcome = Outcome(tracker.run_dir, tracker.run_id, tracker.name, steps, time.monotonic() - started)
+    _evaluate(composed, catalog, parts, outcome, console)
+    return outcome
+
+
+@dataclass
+class StopSignal:
+    """Set by SIGTERM, SIGUSR1 (a scheduler wants the machine back) or SIGINT."""
+
+    received: int | None = None
+
+    @contextmanager
+    def listening(self) -> Iterator[None]:
+        previous = {
+            number: signal.signal(number, self._receive)
+            for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
+        }
+        try:
+            yield
+        finally:
+            for number, handler in previous.items():
+                signal.signal(number, handler)
+
+    def _receive(self, number: int, frame: FrameType | None) -> None:
+        if self.received == signal.SIGINT == number:
+            raise KeyboardInterrupt  # a second Ctrl-C does not wait for the step to end
+        self.received = number
+
+    def agreed(self) -> bool:
+        """Whether any rank was asked to stop; all ranks get the same answer."""
+        if comm.world() == 1:
+            return self.received is not None
+        return bool(comm.all_sum(torch.tensor(float(self.received is not None))))
+
+
+class RunObserver:
+    """Carries what the loop reports to journal, console, probes and checkpoints."""
+
+    def __init__(
+        self,
+        composed: Composed,
+        catalog: Catalog,
+        parts: Parts,
+        optimizer: torch.optim.Optimizer,
+        tracker: Tracker,
+        console: Console,
+        stop: StopSignal,
+        plugins: pluggy.PluginManager,
+    ) -> None:
+        self.composed = composed
+        self.catalog = catalog
+        self.parts = parts
+        self.optimizer = optimizer
+        self.tracker = tracker
+        self.console = console
+        self.stop = stop
+        self.plugins = plugins
+        core = composed.core
+        self.probes = OnlineProbes(
+            parts.method.export,
+            parts.dataset,
+            core.probe,
+            core.data,
+            seed=core.run.seed,
+            image_size=parts.image_size,
+            device=parts.device,
+        )
+
+    def metrics(self, step: int, values: Mapping[str, float]) -> None:
+        self.tracker.log(step, values)
+        self.console.update(step, values)
+        self._tell("sslbench_metrics_logged", step=step, metrics=values)
+
+    def probe(self, step: int, epoch: int) -> None:
+        values = self.probes.run(epoch)
+        self.metrics(step, values)
+        shown = {key.removeprefix("probe/"): value for key, value in values.items()}
+        words = "  ".join(f"{key} {value:.4g}" for key, value in shown.items())
+        self.console.info(f"  epoch {epoch}: probe {words}")
+        warning = collapse_warning(values, self.parts.method.export().dim)
+        if warning:
+            self.console.warn(warning)
+
+    def save(self, step: int, meter: Mapping[str, Any]) -> None:
+        state = {
+            "step": step,
+            "method": self.parts.method.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+            "meter": dict(meter),
+        }
+        steps_per_epoch = self.parts.plan.steps_per_epoch if self.parts.plan else 1
+        meta = describe(self.composed, self.catalog, self.parts, step, step // steps_per_epoch)
+        path = checkpoint.save(self.tracker.run_dir, meta, self.parts.method.export().state_dict(), state)
+        options = self.composed.core.checkpoint
+        for old in checkpoint.prune(self.tracker.run_dir, options.keep, options.keep_epochs):
+            self.tracker.checkpoint_removed(old)
+        self.tracker.checkpoint(path, meta.model_dump(mode="json"))
+        self._tell("sslbench_checkpoint_saved", path=path, step=step)
+
+    def should_stop(self) -> bool:
+        return self.stop.agreed()
+
+    def _tell(self, hook: str, **arguments: Any) -> None:
+        """Observers must not be able to end a run."""
+        try:
+            getattr(self.plugins.hook, hook)(run_dir=self.tracker.run_dir, **arguments)
+        except Exception as error:  # noqa: BLE001 - a foreign observer may fail in any way
+            self.console.warn(f"an extension failed in {hook}: {type(error).__name__}: {error}")
+
+
+def describe(composed: Composed, catalog: Catalog, parts: Parts, step: int, epoch: int) -> CheckpointMeta:
+    """The meta data of a checkpoint of this run."""
+    info, backbone = parts.dataset.info, parts.method.export()
+    sections = (composed.method, composed.backbone, composed.dataset)
+    return CheckpointMeta(
+        step=step,
+        epoch=epoch,
+        method=composed.method.name,
+        uses_labels=composed.method.cls.uses_labels,
+        limited=composed.core.train.limit is not None,
+        seed=composed.core.run.seed,
+        backbone=BackboneMeta(
+            name=composed.backbone.name,
+            options=plain(backbone.cfg),
+            image_size=parts.image_size,
+            dim=backbone.dim,
+            stride=backbone.stride,
+        ),
+        dataset=parts.dataset.key,
+        dataset_fingerprint=parts.dataset.fingerprint(),
+        mean=info.mean,
+        std=info.std,
+        config_hash=composed.hash(),
+        plugins=[catalog.find(s.kind, s.name).identity() | {"kind": s.kind} for s in sections],
+        sslbench=__version__,
+    )
+
+
+def _train(
+    composed: Composed,
+    catalog: Catalog,
+    parts: Parts,
+    tracker: Tracker,
+    console: Console,
+    stop: StopSignal,
+    resume: Path | None,
+) -> int:
+    """Run the loop to its end and return the number of steps done."""
+    plugins, problems = catalog.observers()
+    for problem in problems:
+        console.warn(problem)
+    core = composed.core
+    optimizer = build_optimizer(core.optim, parts.method.param_groups(), parts.method, core.train.batch_size)
+    observer = RunObserver(composed, catalog, parts, optimizer, tracker, console, stop, plugins)
+    observer._tell("sslbench_run_started", config=composed.tree)
+    if parts.loader is None or parts.plan is None:
+        observer.save(0, Meter().state())
+        return 0
+    meter = _restore(parts, optimizer, resume, console) if resume else None
+    if parts.plan.start_step >= parts.plan.stop_step:
+        console.info(f"The run has all its {parts.plan.start_step} steps already.")
+        return parts.plan.start_step
+    loop = Loop(
+        model=_data_parallel(parts),
+        method=parts.method,
+        optimizer=optimizer,
+        loader=parts.loader,
+        plan=parts.plan,
+        observer=observer,
+        device=parts.device,
+        bf16=parts.bf16,
+        meter=meter,
+    )
+    console.begin(composed.method.name, parts.plan.start_step, parts.plan.stop_step)
+    try:
+        complete = loop.run()
+    finally:
+        console.end()
+    if not complete:
+        raise _stopped(stop, tracker)
+    return parts.plan.stop_step
+
+
+def _stopped(stop: StopSignal, tracker: Tracker) -> SslbenchError:
+    name = signal.Signals(stop.received).name if stop.received else "another rank's signal"
+    error = PreemptedError(
+        f"stopped by {name}; the state is saved", hint=f"sslbench pretrain --resume {tracker.name}"
+    )
+    if stop.received == signal.SIGINT:
+        error.exit_code = ExitCode.INTERRUPTED
+    return error
+
+
+def _data_parallel(parts: Parts) -> torch.nn.Module:
+    if comm.world() == 1:
+        return parts.method
+    return torch.nn.parallel.DistributedDataParallel(parts.method, broadcast_buffers=False)
+
+
+def _restore(parts: Parts, optimizer: torch.optim.Optimizer, run_dir: Path, console: Console) -> Meter:
+    path = checkpoint.latest(run_dir, console.warn)
+    state = checkpoint.load_tensors(path / checkpoint.STATE)
+    parts.method.load_state_dict(state["method"])
+    optimizer.load_state_dict(state["optimizer"])
+    assert parts.plan is not None
+    parts.plan.start_step = int(state["step"])
+    console.info(f"Resuming after step {parts.plan.start_step} from {path}")
+    return Meter.restore(state["meter"], parts.device)
+
+
+def _initialise(parts: Parts, run_dir: Path, catalog: Catalog) -> None:
+    backbone, meta = checkpoint.load_backbone(checkpoint.latest(run_dir, print), catalog)
+    own = parts.method.export()
+    try:
+        own.load_state_dict(backbone.state_dict())
+    except RuntimeError as error:
+        raise CheckpointError(
+            f"--init-from {run_dir}: its backbone '{meta.backbone.name}' does not fit this run's "
+            f"'{type(own).name}': {str(error).splitlines()[1].strip()}",
+            hint=f"pass --backbone {meta.backbone.name}",
+        ) from error
+
+
+def _check_same_config(composed: Composed, run_dir: Path) -> None:
+    rows = differences_from_saved(composed, run_dir / "config.yaml")
+    if rows:
+        listed = "\n".join(f"  {row}" for row in rows)
+        raise ConfigError(
+            f"--resume {run_dir.name}: these options differ from the run's own\n{listed}",
+            hint="drop them to continue this run, or start a new one with --init-from",
+        )
+
+
+def _open_tracker(composed: Composed, parts: Parts, root: Path, console: Console, resume: Path | None) -> Tracker:
+    core = composed.core
+    tags = {
+        "sslbench.method": composed.method.name,
+        "sslbench.dataset": parts.dataset.key,
+        "sslbench.backbone": composed.backbone.name,
+        "sslbench.seed": str(core.run.seed),
+        "sslbench.epochs": str(core.train.epochs if composed.method.cls.trains else 0),
+        "sslbench.recipe": composed.recipe or "",
+        "sslbench.config_hash": composed.hash(),
+        "sslbench.group_hash": composed.group_hash(),
+        "sslbench.limited": str(core.train.limit is not None).lower(),
+        "sslbench.uses_labels": str(composed.method.cls.uses_labels).lower(),
+    }
+    tracker = Tracker.open(
+        root=root,
+        name=core.run.name or _default_name(composed, parts),
+        kind="pretrain",
+        experiment=core.run.experiment or parts.dataset.key,
+        tracking_uri=core.run.tracking_uri,
+        parent=None,
+        params=composed.tree,
+        tags=tags,
+        log=console.info,
+        resume=resume,
+    )
+    tracker.dataset(parts.dataset.key, parts.dataset.fingerprint(), "pretraining")
+    return tracker
+
+
+def _default_name(composed: Composed, parts: Parts) -> str:
+    stamp = time.strftime("%Y%m%d-%H%M%S")
+    words = (composed.method.name, parts.dataset.key, composed.backbone.name, f"s{composed.core.run.seed}", stamp)
+    return "-".join(words).replace("/", "_").replace(":", "_")
+
+
+@contextmanager
+def _closing(tracker: Tracker, console: Console) -> Iterator[StopSignal]:
+    """Listen for signals and give the run its final status, whatever happens inside."""
+    stop = StopSignal()
+    status: Status = "FAILED"
+    details: dict[str, Any] | None = None
+    try:
+        with stop.listening():
+            yield stop
+        status = "FINISHED"
+    except (PreemptedError, KeyboardInterrupt) as error:
+        status, details = "KILLED", _error_record(error)
+        raise
+    except BaseException as error:
+        details = _error_record(error)
+        raise
+    finally:
+        tracker.finish(status, details)
+
+
+def _error_record(error: BaseException) -> dict[str, Any]:
+    return {
+        "type": type(error).__name__,
+        "message": str(error),
+        "hint": getattr(error, "hint", None),
+        "exit_code": int(getattr(error, "exit_code", ExitCode.UNEXPECTED)),
+        "traceback": traceback.format_exception(error),
+    }
+
+
+def _evaluate(composed: Composed, catalog: Catalog, parts: Parts, outcome: Outcome, console: Console) -> None:
+    """Run the configured evaluations; one that fails does not stop the others."""
+    for name in composed.core.run.evals:
+        plan = plan_after_pretraining(composed, catalog, parts.dataset, outcome.run_dir, name)
+        if isinstance(plan, str):
+            console.info(f"Skipped {name}: {plan}")
+            continue
+        try:
+            outcome.evals.append(evaluate_run(plan, catalog, console))
+        except SslbenchError as error:
+            console.warn(f"{name} failed: {error.message}" + (f" (next: {error.hint})" if error.hint else ""))
+            outcome.failed.append(name)
+            outcome.exit_code = int(error.exit_code)
