@@ -1,0 +1,117 @@
+"""Image files: finding, measuring, decoding and hashing them."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import TypeVar
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+
+from sslbench.errors import DataError
+
+EXTENSIONS = frozenset({".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp"})
+_TORCHVISION = frozenset({".jpg", ".jpeg", ".png", ".webp"})
+_MANY_FILES = 20_000
+_MANY_BYTES = 2 << 30
+_SAMPLED_BYTES = 64 << 10
+
+_In = TypeVar("_In")
+_Out = TypeVar("_Out")
+
+
+def cores() -> int:
+    """How many cores this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def threaded(function: Callable[[_In], _Out], items: Iterable[_In]) -> Iterator[_Out]:
+    """``map`` in a pool of threads, in order."""
+    with ThreadPoolExecutor(min(16, 2 * cores())) as pool:
+        yield from pool.map(function, items)
+
+
+def find_images(folder: Path, *, recursive: bool) -> list[Path]:
+    """Image files below ``folder`` sorted by path; hidden files and folders are ignored, links are followed."""
+    found: list[Path] = []
+    for parent, folders, files in os.walk(folder, followlinks=True):
+        folders[:] = sorted(name for name in folders if not name.startswith(".")) if recursive else []
+        found += [Path(parent, name) for name in files if _is_image(name)]
+    return sorted(found)
+
+
+def _is_image(name: str) -> bool:
+    return not name.startswith(".") and os.path.splitext(name)[1].lower() in EXTENSIONS
+
+
+def read_image(path: Path) -> Tensor:
+    """Decode a file to uint8 ``[3,H,W]`` RGB. Alpha is dropped, 16-bit values are cut to their high byte.
+
+    Raises:
+        DataError: naming the file.
+    """
+    try:
+        if path.suffix.lower() in _TORCHVISION:
+            return _decode_torchvision(path)
+        return _decode_pil(path)
+    except (OSError, ValueError, RuntimeError, SyntaxError, Image.DecompressionBombError) as error:
+        raise DataError(f"cannot read image {path}: {error}", hint="repair or remove the file") from error
+
+
+def _decode_torchvision(path: Path) -> Tensor:
+    from torchvision.io import ImageReadMode, decode_image, read_file
+
+    try:
+        image: Tensor = decode_image(read_file(str(path)), mode=ImageReadMode.RGB)
+    except RuntimeError:
+        # Files that torchvision refuses (a format under a wrong name, a rare JPEG) may be fine for PIL.
+        return _decode_pil(path)
+    if image.dtype == torch.uint16:
+        image = (image.to(torch.int32) >> 8).to(torch.uint8)
+    return image
+
+
+def _decode_pil(path: Path) -> Tensor:
+    with Image.open(path) as image:
+        if image.mode.startswith("I"):
+            # PIL's own conversion clips 16-bit values at 255 instead of scaling them.
+            values = (np.asarray(image).astype(np.int64) >> 8).clip(0, 255).astype(np.uint8)
+            pixels = np.broadcast_to(values[..., None], (*values.shape, 3))
+        else:
+            pixels = np.asarray(image.convert("RGB"))
+    return torch.from_numpy(pixels.copy()).permute(2, 0, 1).contiguous()
+
+
+def image_size(path: Path) -> tuple[int, int]:
+    """Height and width from the file's header; (0, 0) if it cannot be read."""
+    try:
+        with Image.open(path) as image:
+            return image.height, image.width
+    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError):
+        return 0, 0
+
+
+def digest_files(root: Path, paths: Sequence[Path]) -> str:
+    """Hex digest of names relative to ``root``, sizes and contents.
+
+    Beyond 20,000 files or 2 GiB only the first 64 KiB of each file are read, so that a large data set takes
+    seconds to minutes, not hours.
+    """
+    sizes = list(threaded(lambda path: path.stat().st_size, paths))
+    sampled = len(paths) > _MANY_FILES or sum(sizes) > _MANY_BYTES
+    contents = threaded(lambda path: _digest_file(path, _SAMPLED_BYTES if sampled else -1), paths)
+    state = hashlib.blake2b(digest_size=16)
+    for path, size, content in zip(paths, sizes, contents, strict=True):
+        state.update(f"{path.relative_to(root).as_posix()}\0{size}\0".encode() + content)
+    return state.hexdigest()
+
+
+def _digest_file(path: Path, limit: int) -> bytes:
+    with path.open("rb") as file:
+        return hashlib.blake2b(file.read(limit), digest_size=16).digest()

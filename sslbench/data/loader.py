@@ -1,0 +1,257 @@
+"""Training step to batch, and evaluation splits in order.
+
+The global batch of a step is a pure function of (seed, step): the loader has no position to save, any step can be
+the first one, and the number of ranks changes only who computes which rows.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator, Sequence
+from functools import lru_cache
+
+import torch
+from torch import Tensor
+
+from sslbench.data.decoding import Chunk, Decoded, Decoder, decode, default_workers
+from sslbench.data.store import ResidentStore, Store
+from sslbench.data.views import ViewExecutor
+from sslbench.errors import ConfigError, DataError
+from sslbench.plugin.api import Batch, Source, View
+from sslbench.plugin.viewspec import ViewSpec
+from sslbench.rng import Draws, derive_seed
+
+
+def rank_share(total: int, rank: int, world: int) -> range:
+    """The contiguous rows of ``total`` that belong to a rank; the first ranks get one more if it is uneven."""
+    base, extra = divmod(total, world)
+    start = rank * base + min(rank, extra)
+    return range(start, start + base + (rank < extra))
+
+
+class TrainLoader:
+    """Batches of augmented views by step.
+
+    Args:
+        source: the images.
+        store: where their pixels are, from :func:`sslbench.data.store.open_store`.
+        views: executes the method's view specs.
+        seed: the run's seed.
+        global_batch: images per step over all ranks; the last partial batch of an epoch is dropped.
+        rank, world: this process and how many there are.
+        labels: whether batches carry labels.
+        indices: int64 ``[M]``, the samples to use; None: all.
+        workers: decoding processes; None: one per core, 8 at most; 0: decode in this process.
+        device: where batches go.
+
+    Raises:
+        ConfigError: the batch is larger than the data set, or has fewer rows than ranks.
+        DataError: labels are asked for and there are none.
+    """
+
+    def __init__(
+        self,
+        source: Source,
+        store: Store,
+        views: ViewExecutor,
+        *,
+        seed: int,
+        global_batch: int,
+        rank: int = 0,
+        world: int = 1,
+        labels: bool = False,
+        indices: Tensor | None = None,
+        workers: int | None = None,
+        device: torch.device | str = "cpu",
+    ) -> None:
+        self.source = source
+        self.store = store
+        self.views = views
+        self.seed = seed
+        self.device = torch.device(device)
+        self.wait_seconds = 0.0
+        """Time spent on producing batches or waiting for them."""
+        self._samples = torch.arange(len(source)) if indices is None else indices
+        self._workers = default_workers() if workers is None else workers
+        self._targets = source.targets if labels else None
+        self._global_batch = global_batch
+        self._rows = rank_share(global_batch, rank, world)
+        self._permutation = lru_cache(maxsize=2)(self._draw_permutation)
+        self._check(labels, world)
+
+    def _check(self, labels: bool, world: int) -> None:
+        if self.num_images < self._global_batch:
+            raise ConfigError(
+                f"train.batch_size={self._global_batch} exceeds the {self.num_images} training images",
+                hint=f"train.batch_size={max(2, self.num_images // 4)}",
+            )
+        if self._global_batch < world:
+            raise ConfigError(
+                f"train.batch_size={self._global_batch} gives some of {world} processes no image",
+                hint=f"train.batch_size={world} or more",
+            )
+        if labels and self._targets is None:
+            raise DataError(
+                "this method learns from labels, and the training split has none",
+                hint="choose a labelled data set (sslbench list datasets)",
+            )
+
+    @property
+    def num_images(self) -> int:
+        """Training images over all ranks."""
+        return len(self._samples)
+
+    @property
+    def steps_per_epoch(self) -> int:
+        """Full global batches in an epoch."""
+        return self.num_images // self._global_batch
+
+    def epoch_of(self, step: int) -> int:
+        """Zero-based epoch of a zero-based step."""
+        return step // self.steps_per_epoch
+
+    def batches(self, start_step: int, stop_step: int) -> Iterator[Batch]:
+        """This rank's batches of the steps ``start_step`` to ``stop_step - 1``.
+
+        Worker processes, if any, end when the iterator is exhausted or closed.
+
+        Raises:
+            DataError: more than ``data.max_unreadable`` images are unreadable.
+        """
+        chunks = (self._chunk(step) for step in range(start_step, stop_step))
+        produce = self._resident if isinstance(self.store, ResidentStore) else self._decoded
+        batches = produce(chunks, range(start_step, stop_step))
+        while (batch := self._timed_next(batches)) is not None:
+            yield batch
+
+    def _timed_next(self, batches: Iterator[Batch]) -> Batch | None:
+        began = time.perf_counter()
+        try:
+            return next(batches, None)
+        finally:
+            self.wait_seconds += time.perf_counter() - began
+
+    def _chunk(self, step: int) -> Chunk:
+        """This rank's rows of the global batch of a step."""
+        epoch, number = divmod(step, self.steps_per_epoch)
+        positions = torch.arange(self._rows.start, self._rows.stop)
+        order = self._permutation(epoch)
+        return Chunk(step, positions, self._samples[order[number * self._global_batch + positions]])
+
+    def _draw_permutation(self, epoch: int) -> Tensor:
+        generator = torch.Generator().manual_seed(derive_seed(self.seed, "epoch", epoch))
+        return torch.randperm(self.num_images, generator=generator)
+
+    def _resident(self, chunks: Iterator[Chunk], _steps: range) -> Iterator[Batch]:
+        store = self.store
+        assert isinstance(store, ResidentStore)
+        for step, positions, samples, _ in chunks:
+            draws = Draws(self.seed, step, positions)
+            sizes = torch.tensor(store.image_size).expand(len(samples), 2)
+            geometry = self.views.geometry(draws, sizes)
+            crops = self.views.crop(store.take(samples), geometry)
+            yield self._batch(self.views.finish(crops, geometry, draws, sizes), store.shown(samples), draws)
+
+    def _decoded(self, chunks: Iterator[Chunk], steps: range) -> Iterator[Batch]:
+        decoder = Decoder(self.source, self.views, self.seed)
+        positions = torch.arange(self._rows.start, self._rows.stop)
+        for step, decoded in zip(steps, decode(decoder, chunks, self._workers), strict=True):
+            self.store.unreadable.add(decoded.unreadable)
+            draws = Draws(self.seed, step, positions)
+            views = finish_decoded(self.views, decoded, draws, self.device)
+            yield self._batch(views, decoded.samples, draws)
+
+    def _batch(self, views: tuple[View, ...], index: Tensor, draws: Draws) -> Batch:
+        labels = None if self._targets is None else self._targets[index].to(self.device)
+        return Batch(views=views, index=index.to(self.device), draws=draws, labels=labels)
+
+
+def finish_decoded(views: ViewExecutor, decoded: Decoded, draws: Draws, device: torch.device) -> tuple[View, ...]:
+    """Bring decoded crops to the device and give them their colours. The geometry is recomputed, not sent."""
+    geometry = views.geometry(draws, decoded.sizes)
+    crops = [_to_device(crop, device) for crop in decoded.crops]
+    return views.finish(crops, geometry, draws, decoded.sizes)
+
+
+def _to_device(tensor: Tensor, device: torch.device) -> Tensor:
+    if device.type != "cuda":
+        return tensor.to(device)
+    return tensor.pin_memory().to(device, non_blocking=True)
+
+
+class EvalLoader:
+    """Un-augmented images of a split in order, without padding; ranks get uneven shares.
+
+    Args:
+        source: the images.
+        indices: int64 ``[M]``, the samples to use, in this order.
+        size: side S of the images it yields.
+        center: side of the centred square that is resized to S, as a fraction of the short side.
+        mean, std: per channel, for normalisation.
+        batch_size: images per batch of this rank.
+        device: where images go.
+        workers: decoding processes where images are not in memory; None: one per core, 8 at most.
+        channels_last: memory layout of the images.
+        interpolation: ``bilinear`` or ``bicubic``.
+        rank, world: this process and how many there are.
+    """
+
+    def __init__(
+        self,
+        source: Source,
+        indices: Tensor,
+        *,
+        size: int,
+        center: float,
+        mean: Sequence[float],
+        std: Sequence[float],
+        batch_size: int,
+        device: torch.device | str,
+        workers: int | None = None,
+        channels_last: bool = False,
+        interpolation: str = "bicubic",
+        rank: int = 0,
+        world: int = 1,
+    ) -> None:
+        self.source = source
+        self.device = torch.device(device)
+        rows = rank_share(len(indices), rank, world)
+        self._parts = torch.split(indices[rows.start : rows.stop], batch_size)
+        self._workers = default_workers() if workers is None else workers
+        spec = ViewSpec.model_validate(
+            {"size": size, "crop": "none", "center": center, "interpolation": interpolation, "flip": 0.0}
+        )
+        self.views = ViewExecutor(
+            [spec], size=size, mean=mean, std=std, device=self.device, channels_last=channels_last
+        )
+
+    def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
+        """Yield normalised images ``[B,3,S,S]`` and their int64 sample numbers ``[B]``, both on the device.
+
+        Raises:
+            DataError: an image is unreadable. An evaluation neither skips nor replaces images.
+        """
+        parts = [part for part in self._parts if len(part)]
+        pixels = self.source.pixels()
+        if pixels is not None:
+            return (self._resident(pixels, part) for part in parts)
+        return self._decoded(parts)
+
+    def _resident(self, pixels: Tensor, part: Tensor) -> tuple[Tensor, Tensor]:
+        draws = Draws(0, 0, part)
+        sizes = torch.tensor(pixels.shape[-2:]).expand(len(part), 2)
+        geometry = self.views.geometry(draws, sizes)
+        crops = self.views.crop(_to_device(pixels[part], self.device), geometry)
+        return self.views.finish(crops, geometry, draws, sizes)[0].images, part.to(self.device)
+
+    def _decoded(self, parts: Sequence[Tensor]) -> Iterator[tuple[Tensor, Tensor]]:
+        decoder = Decoder(self.source, self.views, seed=0)
+        chunks = (Chunk(0, part, part) for part in parts)
+        for part, decoded in zip(parts, decode(decoder, chunks, self._workers), strict=True):
+            if decoded.unreadable:
+                raise DataError(
+                    "unreadable image in an evaluation split: " + "; ".join(decoded.unreadable.values()),
+                    hint="repair or remove the file",
+                )
+            view = finish_decoded(self.views, decoded, Draws(0, 0, part), self.device)[0]
+            yield view.images, part.to(self.device)

@@ -1,0 +1,217 @@
+"""Where the pixels of a training set live: in memory as one tensor, or in files that workers decode."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from sslbench.config.schema import DataOptions
+from sslbench.data.imagefile import threaded
+from sslbench.errors import ConfigError, DataError, SslbenchError
+from sslbench.plugin.api import Source
+
+Log = Callable[[str], None]
+
+_PROGRESS_SECONDS = 5.0
+_NAMED = 10
+
+
+@dataclass
+class Unreadable:
+    """The images that could not be read. Each is named in the log once.
+
+    A slot whose image cannot be read shows the next readable image of the data set, with that image's number and
+    label, in every epoch: the batch keeps its size and no image is paired with another one's label.
+    """
+
+    source: Source
+    limit: int
+    """How many are tolerated (``data.max_unreadable``)."""
+    log: Log
+    numbers: set[int] = field(default_factory=set)
+
+    def add(self, found: Mapping[int, str]) -> None:
+        """Note images by number, with the reason.
+
+        Raises:
+            DataError: more images than the limit are unreadable.
+        """
+        new = {index: reason for index, reason in found.items() if index not in self.numbers}
+        self.numbers.update(new)
+        if new and len(self.numbers) > self.limit:
+            reasons = "\n  ".join(list(new.values())[:_NAMED])
+            raise DataError(
+                f"{len(self.numbers)} unreadable image(s), {self.limit} allowed:\n  {reasons}",
+                hint=f"repair or remove the files, or skip some: data.max_unreadable={2 * len(self.numbers)}",
+            )
+        for reason in new.values():
+            self.log(f"skipping an unreadable image: {reason}")
+
+
+class Store(Protocol):
+    """How a loader gets at the images of a source."""
+
+    unreadable: Unreadable
+
+
+class DecodedStore:
+    """Images stay with their source; worker processes decode and crop them, batch after batch."""
+
+    def __init__(self, unreadable: Unreadable) -> None:
+        self.unreadable = unreadable
+
+
+class ResidentStore:
+    """All images as one uint8 tensor.
+
+    Args:
+        pixels: uint8 ``[N,3,H,W]`` on the training device, or on the host.
+        device: the training device.
+        unreadable: the images whose slots hold other images' pixels.
+    """
+
+    def __init__(self, pixels: Tensor, device: torch.device, unreadable: Unreadable) -> None:
+        self.pixels = pixels
+        self.device = device
+        self.unreadable = unreadable
+        self._shown = _next_readable(len(pixels), unreadable.numbers)
+
+    @property
+    def image_size(self) -> tuple[int, int]:
+        """Height and width of every image."""
+        return self.pixels.shape[2], self.pixels.shape[3]
+
+    def shown(self, index: Tensor) -> Tensor:
+        """The images behind the slots ``index`` (int64 ``[B]``): their own, or the next readable ones."""
+        return index if self._shown is None else self._shown[index]
+
+    def take(self, index: Tensor) -> Tensor:
+        """uint8 ``[B,3,H,W]`` on the training device; ``index`` is int64 ``[B]`` on the CPU."""
+        if self.pixels.device.type == self.device.type:
+            return self.pixels[index.to(self.device)]
+        return self.pixels[index].pin_memory().to(self.device, non_blocking=True)
+
+
+def _next_readable(total: int, unreadable: set[int]) -> Tensor | None:
+    if not unreadable:
+        return None
+    shown = torch.arange(total)
+    for index in sorted(unreadable, reverse=True):
+        shown[index] = next_number(index, total, unreadable)
+    return shown
+
+
+def next_number(index: int, total: int, unreadable: set[int]) -> int:
+    """The first number after ``index``, cyclically, that is not in ``unreadable``."""
+    for step in range(1, total):
+        if (index + step) % total not in unreadable:
+            return (index + step) % total
+    raise DataError("no image of the data set can be read")
+
+
+def open_store(source: Source, options: DataOptions, device: torch.device, log: Log) -> Store:
+    """Choose where the pixels live and bring them there.
+
+    Args:
+        source: the training images.
+        options: ``resident``, ``resident_limit_mb`` and ``max_unreadable`` decide.
+        device: the training device.
+        log: receives the choice with its reason, progress, and the names of unreadable images.
+
+    Raises:
+        DataError: too many images are unreadable.
+        ConfigError: ``data.resident`` asks for residence and the images differ in size.
+    """
+    unreadable = Unreadable(source, options.max_unreadable, log)
+    place, reason = _place(source, options, device)
+    log(f"images: {place} ({reason})")
+    if place == "decoded by workers":
+        return DecodedStore(unreadable)
+    pixels = source.pixels()
+    if pixels is None:
+        pixels = _decode_all(source, unreadable)
+    on_device = place == "resident on the device"
+    return ResidentStore(pixels.to(device) if on_device else pixels, device, unreadable)
+
+
+def _place(source: Source, options: DataOptions, device: torch.device) -> tuple[str, str]:
+    """Where the images go and why."""
+    if options.resident == "off":
+        return "decoded by workers", "data.resident=off"
+    size = common_size(source)
+    if size is None:
+        if options.resident != "auto":
+            raise ConfigError(
+                f"data.resident={options.resident} needs images of one size, and these differ",
+                hint="data.resident=auto",
+            )
+        return "decoded by workers", "sizes differ"
+    megabytes = len(source) * 3 * size[0] * size[1] / 2**20
+    if options.resident == "auto" and megabytes > options.resident_limit_mb:
+        return (
+            "decoded by workers",
+            f"{megabytes:.0f} MiB exceed data.resident_limit_mb={options.resident_limit_mb}",
+        )
+    fits = _free_megabytes(device) >= 2 * megabytes
+    if options.resident == "device" or (options.resident == "auto" and fits):
+        return "resident on the device", f"{megabytes:.0f} MiB"
+    return "resident on the host", f"{megabytes:.0f} MiB"
+
+
+def _free_megabytes(device: torch.device) -> float:
+    """Free memory of an accelerator; without one the limit option alone decides."""
+    if device.type != "cuda":
+        return float("inf")
+    return torch.cuda.mem_get_info(device)[0] / 2**20
+
+
+def common_size(source: Source) -> tuple[int, int] | None:
+    """Height and width if all readable images share them, else None."""
+    pixels = source.pixels()
+    if pixels is not None:
+        return pixels.shape[2], pixels.shape[3]
+    sizes = source.image_sizes()
+    known = sizes[sizes[:, 0] > 0]
+    if len(known) == 0 or bool((known != known[0]).any()):
+        return None
+    return int(known[0, 0]), int(known[0, 1])
+
+
+def _decode_all(source: Source, unreadable: Unreadable) -> Tensor:
+    """Decode every image once, in threads."""
+    height, width = common_size(source) or (0, 0)
+    pixels = torch.zeros(len(source), 3, height, width, dtype=torch.uint8)
+
+    def decode(index: int) -> str | None:
+        image = read_or_reason(source, index)
+        if isinstance(image, str):
+            return image
+        if image.shape != pixels.shape[1:]:
+            return f"{source.describe(index)}: decoded to {tuple(image.shape)}, not {tuple(pixels.shape[1:])}"
+        pixels[index] = image
+        return None
+
+    reasons: dict[int, str] = {}
+    told = time.monotonic()
+    for index, reason in enumerate(threaded(decode, range(len(source)))):
+        if reason is not None:
+            reasons[index] = reason
+        if time.monotonic() - told > _PROGRESS_SECONDS:
+            told = time.monotonic()
+            unreadable.log(f"decoded {index + 1} of {len(source)} images")
+    unreadable.add(reasons)
+    shown = _next_readable(len(source), unreadable.numbers)
+    return pixels if shown is None else pixels[shown]
+
+
+def read_or_reason(source: Source, index: int) -> Tensor | str:
+    """The image, or why it cannot be read."""
+    try:
+        return source.image(index)
+    except (SslbenchError, OSError) as error:
+        return str(error)
