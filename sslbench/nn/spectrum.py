@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 from torch.nn import functional as F
@@ -22,7 +24,7 @@ def feature_std(features: Tensor) -> Tensor:
         Scalar in float64: near 1 for directions spread evenly over the sphere, 0 if all are the same.
     """
     directions = F.normalize(features.double(), dim=1)
-    return directions.std(dim=0, correction=0).mean() * features.shape[1] ** 0.5
+    return directions.std(dim=0, correction=0).mean() * math.sqrt(features.shape[1])
 
 
 @torch.no_grad()
