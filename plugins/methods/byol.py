@@ -1,7 +1,7 @@
 """BYOL: predict a slow target network's view of the same image, without negatives.
 
 Grill et al., "Bootstrap Your Own Latent: A New Approach to Self-Supervised Learning", NeurIPS 2020: loss of
-section 3.1 (equation 2, symmetrised), target momentum of section 3.2, views of appendix B with the crop area
+section 3.1 (equation 2, symmetrised), EMA target with cosine momentum, views of appendix B with the crop area
 0.2-1.0 that the SCRL authors' BYOL baseline uses (the paper: 0.08-1.0).
 """
 

@@ -41,5 +41,5 @@ class EMA(nn.Module):
 
 
 def cosine_momentum(base: float, progress: float) -> float:
-    """Momentum that rises from ``base`` at progress 0 to 1 at progress 1 along a cosine (BYOL, section 3.2)."""
+    """Momentum that rises along a cosine from ``base`` at progress 0 to 1 at progress 1, as in BYOL."""
     return 1 - (1 - base) * (math.cos(math.pi * progress) + 1) / 2
