@@ -1,0 +1,123 @@
+"""Photometric operations on whole batches, with one parameter per image.
+
+Every function takes float images ``[B,3,H,W]`` in [0, 1], returns new images in [0, 1] and leaves its input
+alone. Definitions are those of ``torchvision.transforms.v2.functional`` on float tensors, unless a docstring
+says otherwise.
+"""
+
+from __future__ import annotations
+
+from functools import lru_cache
+
+import torch
+from torch import Tensor
+
+from sslbench.data.resample import resample, resize_matrix, to_rows
+
+LUMA = (0.2989, 0.587, 0.114)
+"""ITU-R 601 weights of red, green and blue, rounded as torchvision has them."""
+
+
+def _per_image(values: Tensor) -> Tensor:
+    return values[:, None, None, None]
+
+
+def _luma(images: Tensor) -> Tensor:
+    """Brightness of each pixel, ``[B,1,H,W]``."""
+    red, green, blue = images.chunk(3, dim=1)
+    return (red * LUMA[0]).add_(green, alpha=LUMA[1]).add_(blue, alpha=LUMA[2])
+
+
+def adjust_brightness(images: Tensor, factor: Tensor) -> Tensor:
+    """Scale towards black (factor < 1) or away from it; ``factor`` is ``[B]``."""
+    return (images * _per_image(factor)).clamp_(0, 1)
+
+
+def adjust_contrast(images: Tensor, factor: Tensor) -> Tensor:
+    """Scale around the mean brightness of each image; ``factor`` is ``[B]``."""
+    mean = images.mean(dim=(2, 3)) @ images.new_tensor(LUMA)
+    return torch.addcmul(_per_image((1 - factor) * mean), images, _per_image(factor)).clamp_(0, 1)
+
+
+def adjust_saturation(images: Tensor, factor: Tensor) -> Tensor:
+    """Scale around the brightness of each pixel; ``factor`` is ``[B]``."""
+    return torch.lerp(_luma(images), images, _per_image(factor)).clamp_(0, 1)
+
+
+def adjust_hue(images: Tensor, shift: Tensor) -> Tensor:
+    """Turn the colour circle by ``shift`` ``[B]``, a fraction of the full turn.
+
+    In HSV terms a channel is V - C*w: V the maximum, C the range of the three channels, w a trapezoid of the hue's
+    distance from the channel's own hue. V and C survive a change of hue, so only w is computed anew.
+    """
+    value, low = images.amax(1), images.amin(1)
+    chroma = value - low
+    hue = _hue(images, value, chroma).add_(6 * shift[:, None, None])
+    hue.sub_((hue / 6).floor_(), alpha=6)
+    weights = torch.stack([hue - 3, hue - 2, hue - 4], dim=1).abs_()
+    weights[:, 0].neg_().add_(3)
+    weights.sub_(1).clamp_(0, 1)
+    return torch.addcmul(value[:, None], weights, chroma[:, None], value=-1)
+
+
+def _hue(images: Tensor, value: Tensor, chroma: Tensor) -> Tensor:
+    """Hue in sixths of the circle, from -1 to 5; grey pixels get any finite value. ``[B,H,W]``."""
+    red, green, blue = images.unbind(1)
+    other = torch.where(green == value, (blue - red).add_(chroma, alpha=2), (red - green).add_(chroma, alpha=4))
+    return torch.where(red == value, green - blue, other).div_(chroma.clamp(min=1e-8))
+
+
+def grayscale(images: Tensor) -> Tensor:
+    """The brightness of each pixel in all three channels."""
+    return _luma(images).expand_as(images)
+
+
+def solarize(images: Tensor, threshold: float = 128 / 255) -> Tensor:
+    """Invert the values at or above ``threshold``."""
+    return torch.where(images >= threshold, 1 - images, images)
+
+
+def gaussian_blur(images: Tensor, sigma: Tensor, radius: int) -> Tensor:
+    """Convolve each image with its own Gaussian of 2*radius+1 taps, reflecting at the border.
+
+    Args:
+        images: square, ``[B,3,S,S]`` with S > radius.
+        sigma: standard deviations in pixels, ``[B]``.
+        radius: in pixels.
+    """
+    side = images.shape[-1]
+    tap = torch.arange(-radius, radius + 1, device=images.device, dtype=torch.float32)
+    taps = torch.exp(-0.5 * (tap / sigma[:, None]).square())
+    taps /= taps.sum(1, keepdim=True)
+    matrices = (taps @ _reflected_shifts(side, radius, images.device)).reshape(-1, side, side)
+    return resample(to_rows(images), matrices, matrices)
+
+
+@lru_cache(maxsize=16)
+def _reflected_shifts(side: int, radius: int, device: torch.device) -> Tensor:
+    """Matrices that shift an axis by -radius..radius pixels with reflection: ``[2*radius+1, side*side]``."""
+    shift = torch.arange(-radius, radius + 1)[:, None]
+    source = (torch.arange(side) + shift).abs()
+    source = (side - 1) - (side - 1 - source).abs()
+    return torch.nn.functional.one_hot(source, side).to(device, torch.float32).flatten(1)
+
+
+def resize_blur(images: Tensor, factor: float) -> Tensor:
+    """Shrink square images to floor(side/factor) and enlarge them again, both bicubic and antialiased."""
+    side = images.shape[-1]
+    for source, target in ((side, int(side / factor)), (int(side / factor), side)):
+        matrix = _resize_matrix(source, target, images.device).expand(len(images), -1, -1)
+        images = resample(to_rows(images), matrix, matrix)
+    return images
+
+
+@lru_cache(maxsize=32)
+def _resize_matrix(source: int, target: int, device: torch.device) -> Tensor:
+    whole = torch.tensor([0.0, source], device=device)
+    return resize_matrix(whole[:1], whole[1:], source, target, "bicubic")
+
+
+def normalize(images: Tensor, mean: Tensor, std: Tensor) -> Tensor:
+    """(images - mean) / std per channel; ``mean`` and ``std`` are ``[3]``."""
+    scale = 1 / std
+    return torch.addcmul((-mean * scale)[:, None, None], images, scale[:, None, None])

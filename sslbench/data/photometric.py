@@ -1,0 +1,112 @@
+"""The photometric part of a view: which images get which operation with which parameter, drawn on the CPU.
+
+Each operation runs once per batch on just the images that need it, so one that rarely applies rarely costs. Row
+numbers and parameters are known on the CPU: nothing here waits for the device.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from itertools import permutations
+
+import torch
+from torch import Tensor
+
+from sslbench.data import augment
+from sslbench.plugin.viewspec import Blur, Jitter, ViewSpec
+from sslbench.rng import Draws
+
+_ORDERS = torch.tensor(list(permutations(range(4))))
+_JITTERS = (augment.adjust_brightness, augment.adjust_contrast, augment.adjust_saturation, augment.adjust_hue)
+
+
+def augment_colors(images: Tensor, spec: ViewSpec, draws: Draws, stream: str) -> Tensor:
+    """Jitter, greyscale, blur and solarise as ``spec`` says.
+
+    Args:
+        images: float ``[B,3,S,S]`` in [0, 1]; not modified.
+        spec: the view.
+        draws: random numbers of these B samples.
+        stream: prefix of this view's random streams.
+    """
+    if not changes_colors(spec):
+        return images
+    images = images.clone()
+    if spec.jitter is not None:
+        _jitter(images, spec.jitter, draws.uniform(f"{stream}/jitter", 6))
+    if spec.gray > 0:
+        _apply(images, draws.uniform(f"{stream}/gray") < spec.gray, augment.grayscale)
+    if spec.blur is not None:
+        _blur(images, spec.blur, draws.uniform(f"{stream}/blur", 2))
+    if spec.solarize > 0:
+        _apply(images, draws.uniform(f"{stream}/solarize") < spec.solarize, augment.solarize)
+    return images
+
+
+def changes_colors(spec: ViewSpec) -> bool:
+    """Whether a view has any photometric operation."""
+    return bool(spec.jitter or spec.gray or spec.blur or spec.solarize)
+
+
+def _apply(images: Tensor, chosen: Tensor, operation: Callable[..., Tensor], *parameters: Tensor) -> None:
+    """Replace ``chosen`` images (bool ``[B]``, CPU) by the operation's result with its parameters ``[B]``."""
+    rows = chosen.nonzero().flatten()
+    _apply_rows(images, _on(rows, images), operation, *(_on(p[rows], images) for p in parameters))
+
+
+def _apply_rows(images: Tensor, rows: Tensor, operation: Callable[..., Tensor], *parameters: Tensor) -> None:
+    if len(rows):
+        images.index_copy_(0, rows, operation(images.index_select(0, rows), *parameters))
+
+
+def _on(values: Tensor, images: Tensor) -> Tensor:
+    return values.to(images.device, non_blocking=True)
+
+
+def jitter_factors(jitter: Jitter, uniform: Tensor) -> Tensor:
+    """Brightness, contrast and saturation factors and hue shift from uniform numbers, both ``[B,4]``."""
+    strengths = (jitter.brightness, jitter.contrast, jitter.saturation)
+    low = torch.tensor([*(max(0.0, 1 - s) for s in strengths), -jitter.hue])
+    high = torch.tensor([*(1 + s for s in strengths), jitter.hue])
+    return low + (high - low) * uniform
+
+
+def jitter_orders(uniform: Tensor) -> Tensor:
+    """One of the 24 orders of the four operations per image: int64 ``[B,4]`` from uniform numbers ``[B]``."""
+    return _ORDERS[(uniform * len(_ORDERS)).long()]
+
+
+def _jitter(images: Tensor, jitter: Jitter, uniform: Tensor) -> None:
+    """Apply colour jitter in place; ``uniform`` is ``[B,6]``: whether, order, four parameters."""
+    chosen = (uniform[:, 0] < jitter.p).nonzero().flatten()
+    orders = jitter_orders(uniform[chosen, 1])
+    factors = jitter_factors(jitter, uniform[chosen, 2:])
+    strengths = (jitter.brightness, jitter.contrast, jitter.saturation, jitter.hue)
+    used = [op for op in range(4) if strengths[op] > 0]
+    turns = [(op, (orders[:, turn] == op).nonzero().flatten()) for turn in range(4) for op in used]
+    if not turns or not len(chosen):
+        return
+    sizes = [len(rows) for _, rows in turns]
+    # One transfer for all groups: many small ones would cost more than the operations.
+    all_rows = torch.split(_on(torch.cat([chosen[rows] for _, rows in turns]), images), sizes)
+    all_factors = torch.split(_on(torch.cat([factors[rows, op] for op, rows in turns]), images), sizes)
+    for (op, _), rows, values in zip(turns, all_rows, all_factors, strict=True):
+        _apply_rows(images, rows, _JITTERS[op], values)
+
+
+def blur_radius(blur: Blur, side: int) -> int:
+    """Radius in pixels of the Gaussian's kernel on a view of this side."""
+    return max(1, int(blur.kernel * side) // 2)
+
+
+def _blur(images: Tensor, blur: Blur, uniform: Tensor) -> None:
+    """Blur in place; ``uniform`` is ``[B,2]``: whether, how much."""
+    chosen = uniform[:, 0] < blur.p
+    if blur.kind == "gaussian":
+        radius = blur_radius(blur, images.shape[-1])
+        sigma = blur.sigma[0] + (blur.sigma[1] - blur.sigma[0]) * uniform[:, 1]
+        _apply(images, chosen, lambda part, values: augment.gaussian_blur(part, values, radius), sigma)
+        return
+    choice = (uniform[:, 1] * len(blur.factors)).long()
+    for number, factor in enumerate(blur.factors):
+        _apply(images, chosen & (choice == number), lambda part, f=factor: augment.resize_blur(part, f))

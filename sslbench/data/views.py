@@ -1,0 +1,223 @@
+"""Executes view specifications on whole batches: where to crop, the crop itself, colours.
+
+Random numbers are drawn on the CPU as a pure function of each sample's position (:class:`sslbench.rng.Draws`), so
+the geometry of a sample does not depend on the batch, worker or rank that computes it.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from sslbench.data.augment import normalize
+from sslbench.data.photometric import augment_colors
+from sslbench.data.resample import resample, resize_matrix, to_rows
+from sslbench.plugin.api import View
+from sslbench.plugin.viewspec import ViewSpec
+from sslbench.rng import Draws
+
+CROP_TRIES = 10
+
+
+class Geometry(NamedTuple):
+    """Where one view of each image comes from. CPU tensors."""
+
+    box: Tensor
+    """float32 ``[B,4]``: x0, y0, x1, y1 in whole pixels of the unflipped source; ``padded`` may exceed it."""
+    flip: Tensor
+    """bool ``[B]``"""
+
+
+def expand(specs: Sequence[ViewSpec], default_size: int) -> tuple[ViewSpec, ...]:
+    """One specification per view: counts multiplied out, missing sizes filled in."""
+    return tuple(
+        spec.model_copy(update={"count": 1, "size": spec.size or default_size})
+        for spec in specs
+        for _ in range(spec.count)
+    )
+
+
+def random_resized_box(sizes: Tensor, spec: ViewSpec, uniform: Tensor) -> Tensor:
+    """Random rectangles as torchvision's ``RandomResizedCrop`` draws them.
+
+    Each image takes the first of ten random (area, aspect ratio) pairs that fits inside it, at a random position;
+    if none fits, the largest centred rectangle with an allowed aspect ratio.
+
+    Args:
+        sizes: heights and widths, float64 ``[B,2]``.
+        spec: gives ``scale`` and ``ratio``.
+        uniform: float64 ``[B,11,2]``: ten tries, then the position.
+
+    Returns:
+        float64 ``[B,4]``: x0, y0, x1, y1, whole numbers.
+    """
+    tries, position = uniform[:, :CROP_TRIES], uniform[:, CROP_TRIES]
+    area = sizes.prod(1, keepdim=True) * torch.lerp(*_bounds(spec.scale), tries[:, :, 0])
+    ratio = torch.lerp(*_bounds((math.log(spec.ratio[0]), math.log(spec.ratio[1]))), tries[:, :, 1]).exp()
+    extents = torch.stack([area / ratio, area * ratio], dim=2).sqrt().round()
+    fits = ((extents >= 1) & (extents <= sizes[:, None])).all(2)
+    first = fits.int().argmax(1)
+    extent = extents[torch.arange(len(sizes)), first]
+    corner = (position * (sizes - extent + 1)).floor()
+    fallback = _largest_extent(sizes, spec.ratio)
+    none_fits = ~fits.any(1, keepdim=True)
+    extent = torch.where(none_fits, fallback, extent)
+    corner = torch.where(none_fits, ((sizes - fallback) / 2).floor(), corner)
+    return _box(corner, extent)
+
+
+def _bounds(limits: tuple[float, float]) -> tuple[Tensor, Tensor]:
+    return torch.tensor(limits[0], dtype=torch.float64), torch.tensor(limits[1], dtype=torch.float64)
+
+
+def _largest_extent(sizes: Tensor, ratio: tuple[float, float]) -> Tensor:
+    """Height and width of the largest rectangle in each image whose width/height lies within ``ratio``."""
+    height, width = sizes.unbind(1)
+    rows = torch.minimum(height, (width / ratio[0]).round())
+    columns = torch.minimum(width, (height * ratio[1]).round())
+    return torch.stack([rows, columns], dim=1).clamp(min=1)
+
+
+def padded_box(sizes: Tensor, spec: ViewSpec, uniform: Tensor) -> Tensor:
+    """Boxes of the image's own size, displaced by whole pixels up to the padding (arguments as above)."""
+    padding = (sizes * spec.padding).round()
+    corner = (uniform[:, 0] * (2 * padding + 1)).floor() - padding
+    return _box(corner, sizes)
+
+
+def center_box(sizes: Tensor, spec: ViewSpec) -> Tensor:
+    """Centred squares whose side is the fraction ``spec.center`` of the short side."""
+    side = (sizes.amin(1, keepdim=True) * spec.center).round().clamp(min=1).expand_as(sizes)
+    return _box(((sizes - side) / 2).round(), side)
+
+
+def _box(corner: Tensor, extent: Tensor) -> Tensor:
+    """x0, y0, x1, y1 from (top, left) and (height, width)."""
+    return torch.cat([corner.flip(1), (corner + extent).flip(1)], dim=1)
+
+
+def draw_geometry(spec: ViewSpec, sizes: Tensor, draws: Draws, stream: str) -> Geometry:
+    """Crop box and flip of one view of each sample; ``sizes`` are int64 heights and widths ``[B,2]``."""
+    extents = sizes.double()
+    if spec.crop == "resized":
+        box = random_resized_box(extents, spec, draws.uniform(f"{stream}/crop", CROP_TRIES + 1, 2).double())
+    elif spec.crop == "padded":
+        box = padded_box(extents, spec, draws.uniform(f"{stream}/crop", 1, 2).double())
+    else:
+        box = center_box(extents, spec)
+    flip = draws.uniform(f"{stream}/flip") < spec.flip
+    return Geometry(box.float(), flip)
+
+
+class ViewExecutor:
+    """Turns images into the views that ``specs`` describe.
+
+    Args:
+        specs: what a method declares.
+        size: side in pixels of views whose specification leaves it open.
+        mean: per channel, of images in [0, 1].
+        std: per channel.
+        device: where :meth:`crop` and :meth:`finish` run.
+        channels_last: memory format of the finished images.
+    """
+
+    def __init__(
+        self,
+        specs: Sequence[ViewSpec],
+        *,
+        size: int,
+        mean: Sequence[float],
+        std: Sequence[float],
+        device: torch.device,
+        channels_last: bool = False,
+    ) -> None:
+        self.specs = expand(specs, size)
+        self.device = device
+        self.mean = torch.tensor(mean, dtype=torch.float32, device=device)
+        self.std = torch.tensor(std, dtype=torch.float32, device=device)
+        self.memory_format = torch.channels_last if channels_last else torch.contiguous_format
+
+    def geometry(self, draws: Draws, sizes: Tensor) -> list[Geometry]:
+        """Draw crop boxes and flips, one :class:`Geometry` per view; ``sizes`` int64 ``[B,2]`` heights, widths."""
+        return [draw_geometry(spec, sizes, draws, f"view{v}") for v, spec in enumerate(self.specs)]
+
+    def crop(self, images: Tensor, geometry: list[Geometry]) -> list[Tensor]:
+        """Crop, resize and flip images of one size.
+
+        Args:
+            images: uint8 ``[B,3,H,W]`` on the device.
+            geometry: one per view.
+
+        Returns:
+            Per view float32 ``[B,3,S,S]`` in [0, 1].
+        """
+        rows = to_rows(images).div_(255)
+        return [self._crop_view(rows, spec, g) for spec, g in zip(self.specs, geometry, strict=True)]
+
+    def _crop_view(self, rows: Tensor, spec: ViewSpec, geometry: Geometry) -> Tensor:
+        height, width, side = rows.shape[1], rows.shape[3], _side(spec)
+        x0, y0, x1, y1 = geometry.box.to(self.device, non_blocking=True).unbind(1)
+        flip = geometry.flip.to(self.device, non_blocking=True)
+        margin = math.ceil(max(height, width) * spec.padding) if spec.crop == "padded" else 0
+        vertical = resize_matrix(y0, y1, height, side, spec.interpolation, margin=margin)
+        horizontal = resize_matrix(x0, x1, width, side, spec.interpolation, flip, margin)
+        return resample(rows, vertical, horizontal)
+
+    def crop_one(self, image: Tensor, geometry: list[Geometry]) -> list[Tensor]:
+        """Crop, resize and flip one image of any size, for decoding worker processes.
+
+        Args:
+            image: uint8 ``[3,H,W]`` on the CPU.
+            geometry: one per view, with B=1.
+
+        Returns:
+            Per view uint8 ``[3,S,S]``, within rounding of what :meth:`crop` gives.
+        """
+        return [_crop_one(image, spec, g) for spec, g in zip(self.specs, geometry, strict=True)]
+
+    def finish(
+        self, crops: list[Tensor], geometry: list[Geometry], draws: Draws, sizes: Tensor
+    ) -> tuple[View, ...]:
+        """Colour operations and normalisation.
+
+        Args:
+            crops: per view ``[B,3,S,S]`` on the device, float in [0, 1] or uint8; not modified.
+            geometry: what the crops were cut with.
+            draws: the random numbers the geometry was drawn with.
+            sizes: int64 ``[B,2]`` heights and widths of the source images, on the CPU.
+        """
+        return tuple(
+            self._finish_view(v, crop, g, draws, sizes)
+            for v, (crop, g) in enumerate(zip(crops, geometry, strict=True))
+        )
+
+    def _finish_view(self, number: int, crop: Tensor, geometry: Geometry, draws: Draws, sizes: Tensor) -> View:
+        images = crop if crop.is_floating_point() else crop.float().div_(255)
+        images = augment_colors(images, self.specs[number], draws, f"view{number}")
+        images = normalize(images, self.mean, self.std).contiguous(memory_format=self.memory_format)
+        source_size = sizes.flip(1).float()
+        box = geometry.box / source_size.repeat(1, 2)
+        return View(images, *(t.to(self.device, non_blocking=True) for t in (box, geometry.flip, source_size)))
+
+
+def _side(spec: ViewSpec) -> int:
+    assert spec.size is not None, "expand() fills in the size"
+    return spec.size
+
+
+def _crop_one(image: Tensor, spec: ViewSpec, geometry: Geometry) -> Tensor:
+    height, width = image.shape[1:]
+    x0, y0, x1, y1 = (int(edge) for edge in geometry.box[0].tolist())
+    part = image[:, max(y0, 0) : y1, max(x0, 0) : x1]
+    outside = (max(-x0, 0), max(x1 - width, 0), max(-y0, 0), max(y1 - height, 0))
+    if any(outside):
+        part = F.pad(part, outside)
+    side = _side(spec)
+    # torch resizes 8-bit images on the CPU with Pillow's weights and vector instructions.
+    view = F.interpolate(part[None], (side, side), mode=spec.interpolation, antialias=True, align_corners=False)[0]
+    return view.flip(2) if bool(geometry.flip[0]) else view
