@@ -1,1 +1,8 @@
 """The journal and MLflow. The only package that imports mlflow."""
+
+from sslbench.tracking.push import SyncReport, run_directories, sync
+from sslbench.tracking.record import ParentRef, RunRecord
+from sslbench.tracking.store import resolve_tracking_uri
+from sslbench.tracking.tracker import Tracker
+
+__all__ = ["ParentRef", "RunRecord", "SyncReport", "Tracker", "resolve_tracking_uri", "run_directories", "sync"]

@@ -1,0 +1,308 @@
+"""Bring the store up to date with a run directory. Running it again continues where it stopped."""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+from collections.abc import Callable, Iterator
+from contextlib import suppress
+from dataclasses import dataclass, field
+from itertools import islice
+from pathlib import Path
+
+from sslbench.tracking.journal import Entry, Journal
+from sslbench.tracking.note import note
+from sslbench.tracking.record import Log, RunRecord, SyncState, edit_sync_state
+from sslbench.tracking.store import Point, RejectedError, Store, StoreError, local_path
+
+JOURNAL = "metrics.jsonl"
+#: Files at the top of a run directory that a remote store gets a copy of.
+SMALL_FILES = ("config.yaml", "environment.yaml", "command.txt", JOURNAL, "run.json", "error.json")
+MODEL_FILES = ("backbone.pt", "meta.json")
+_ENTRIES_PER_ROUND = 200
+
+
+@dataclass
+class SyncReport:
+    """What a synchronisation did."""
+
+    run_id: str
+    name: str
+    points: int = 0
+    """Metric values sent."""
+    refused: list[str] = field(default_factory=list)
+    """What the store refused, in words."""
+    error: str | None = None
+    """Why the store has not got everything; None if it has."""
+    children: list[SyncReport] = field(default_factory=list)
+
+    @property
+    def complete(self) -> bool:
+        """Whether the store has everything, evaluations included."""
+        return self.error is None and all(child.complete for child in self.children)
+
+
+def sync(run_dir: Path, log: Log) -> SyncReport:
+    """Send whatever the store has not acknowledged of a run, its parent and its evaluations.
+
+    A run whose process is gone without a final status becomes KILLED.
+
+    Raises:
+        ConfigError: ``run_dir`` is not a run directory.
+    """
+    run_dir = run_dir.resolve()
+    record = RunRecord.load(run_dir)
+    try:
+        store = Store(record.tracking_uri)
+    except StoreError as error:
+        log(f"store {record.tracking_uri} is out of reach: {error}")
+        return SyncReport(record.run_id, record.name, error=str(error))
+    except RejectedError as error:
+        log(f"store {record.tracking_uri} refuses: {error}")
+        return SyncReport(record.run_id, record.name, error=str(error))
+    report = _sync_one(run_dir, store, log)
+    report.children = [_sync_one(child, store, log) for child in child_runs(run_dir)]
+    return report
+
+
+def _sync_one(run_dir: Path, store: Store, log: Log) -> SyncReport:
+    record = RunRecord.load(run_dir)
+    if record.is_abandoned():
+        record.status, record.ended = "KILLED", _last_sign_of_life(run_dir)
+        record.save(run_dir)
+    report = SyncReport(record.run_id, record.name)
+    try:
+        Push(run_dir, store, report).everything()
+    except (StoreError, RejectedError) as error:
+        report.error = str(error)
+    log(f"{record.name}: " + (report.error or f"complete, {report.points} values sent"))
+    for refusal in report.refused:
+        log(f"{record.name}: the store refused {refusal}")
+    return report
+
+
+def _last_sign_of_life(run_dir: Path) -> float:
+    journal = run_dir / JOURNAL
+    return (journal if journal.exists() else run_dir / RunRecord.file_name()).stat().st_mtime
+
+
+def child_runs(run_dir: Path) -> list[Path]:
+    """Run directories of the evaluations of a pretrained model, oldest first."""
+    root = Path(RunRecord.load(run_dir).root)
+    found = []
+    for path in run_directories(root):
+        record = RunRecord.load(path)
+        if record.parent is not None and Path(record.parent["run_dir"]).resolve() == run_dir.resolve():
+            found.append((record.started, path))
+    return [path for _, path in sorted(found)]
+
+
+def run_directories(root: Path) -> list[Path]:
+    """All run directories below the folder of runs (``<experiment>/<run id>/artifacts``)."""
+    return sorted(path.parent for path in root.glob(f"*/*/artifacts/{RunRecord.file_name()}"))
+
+
+class Push:
+    """One pass over a run directory: whatever ``sync.json`` does not list as acknowledged is sent.
+
+    Raises:
+        StoreError: the store went away. Everything acknowledged so far stays acknowledged.
+        RejectedError: the store refused the run itself or its metrics.
+    """
+
+    def __init__(self, run_dir: Path, store: Store, report: SyncReport | None = None) -> None:
+        self.run_dir = run_dir
+        self.store = store
+        self.record = RunRecord.load(run_dir)
+        self.report = report or SyncReport(self.record.run_id, self.record.name)
+
+    def everything(self) -> None:
+        """Send all that is missing."""
+        with edit_sync_state(self.run_dir) as state:
+            self.state = state
+            run_id = self._run()
+            self._reopen(run_id)
+            self._optional("parameters", lambda: self._params(run_id))
+            self._optional("data sets", lambda: self._datasets(run_id))
+            self._optional("checkpoints", lambda: self._models(run_id))
+            self._metrics(run_id)
+            self._optional("tags", lambda: self._tags(run_id))
+            if self.record.status != "RUNNING":
+                self._optional("files", lambda: self._files(run_id))
+                self._close(run_id)
+
+    def _optional(self, what: str, send: Callable[[], None]) -> None:
+        """What the store refuses must not hold up the rest."""
+        try:
+            send()
+        except RejectedError as error:
+            self.report.refused.append(f"{what}: {error}")
+
+    def _run(self) -> str:
+        if self.state.store_run_id is None:
+            self._create_run()
+        if not self.state.linked:
+            self._link()
+        return self.state.store_run_id or ""
+
+    def _create_run(self) -> None:
+        record, state = self.record, self.state
+        location = experiment_dir(Path(record.root), record.experiment)
+        state.experiment_id = self.store.experiment(record.experiment, location)
+        found = self.store.find_run(state.experiment_id, record.run_id)
+        if found is None:
+            tags = record.tags | self._parent_tag() | {"sslbench.local_id": record.run_id}
+            found = self.store.create_run(state.experiment_id, record.name, tags, record.started)
+        state.store_run_id, state.artifact_uri = found
+        state.save(self.run_dir)
+
+    def _parent_tag(self) -> dict[str, str]:
+        if self.record.parent is None:
+            return {}
+        parent_dir = Path(self.record.parent["run_dir"])
+        if SyncState.load(parent_dir).store_run_id is None:
+            Push(parent_dir, self.store).everything()
+        return {"mlflow.parentRunId": SyncState.load(parent_dir).store_run_id or ""}
+
+    def _link(self) -> None:
+        """Make the store's artifact folder lead to the run directory, if it is on this machine."""
+        folder = local_path(self.state.artifact_uri)
+        if folder is None:
+            return
+        if folder.resolve() != self.run_dir.resolve():
+            folder.parent.mkdir(parents=True, exist_ok=True)
+            with suppress(OSError):
+                folder.rmdir()  # MLflow may have made an empty one
+            folder.symlink_to(os.path.relpath(self.run_dir.resolve(), folder.parent.resolve()))
+        self.state.linked = True
+
+    def _reopen(self, run_id: str) -> None:
+        if self.record.status == "RUNNING" and self.state.status not in (None, "RUNNING"):
+            self.store.set_status(run_id, "RUNNING", None)
+            self.state.status = "RUNNING"
+
+    def _params(self, run_id: str) -> None:
+        new = {key: value for key, value in self.record.params.items() if key not in self.state.params}
+        if new:
+            self.store.log_params(run_id, new)
+            self.state.params += list(new)
+
+    def _datasets(self, run_id: str) -> None:
+        for dataset in self.record.datasets[self.state.datasets :]:
+            self.store.log_dataset(run_id, dataset["name"], dataset["digest"], dataset["context"])
+            self.state.datasets += 1
+
+    def _metrics(self, run_id: str) -> None:
+        journal = Journal(self.run_dir / JOURNAL)
+        while True:
+            entries = list(islice(journal.entries(self.state.offset), _ENTRIES_PER_ROUND))
+            if not entries:
+                return
+            points = [point for entry in entries for point in self._points(entry)]
+            self.store.log_points(run_id, points)
+            self.report.points += len(points)
+            self.state.offset = entries[-1].end
+            self.state.save(self.run_dir)
+
+    def _points(self, entry: Entry) -> Iterator[Point]:
+        model_id = self._newest_model() if entry.headline else None
+        for key, value in entry.metrics.items():
+            if entry.step > self.state.resent.get(key, -1):
+                yield Point(key, value, entry.step, entry.time, model_id)
+
+    def _newest_model(self) -> str | None:
+        models = self.state.models
+        return next((models[path] for path in reversed(self.record.checkpoints) if path in models), None)
+
+    def _models(self, run_id: str) -> None:
+        for path in [path for path in self.state.models if path not in self.record.checkpoints]:
+            self._delete_model(path)
+        for path, meta in self.record.checkpoints.items():
+            if path not in self.state.models and (self.run_dir / path).exists():
+                self._create_model(run_id, path, meta)
+        if self.record.parent is not None and self.state.used_model is None:
+            self._use_parent_model(run_id)
+
+    def _create_model(self, run_id: str, path: str, meta: dict[str, object]) -> None:
+        step = int(str(meta.get("step", 0)))
+        params = {key: str(value) for key, value in meta.items() if isinstance(value, str | int | float)}
+        params |= {
+            key: self.record.tags[f"sslbench.{key}"]
+            for key in ("method", "dataset", "seed")
+            if f"sslbench.{key}" in self.record.tags
+        }
+        tags = {"sslbench.checkpoint": str(self.run_dir / path), "sslbench.run": self.record.name}
+        name = f"{self.record.name}-step{step}"
+        model_id, location = self.store.create_model(
+            self.state.experiment_id or "", run_id, name, step, params, tags
+        )
+        self.state.models[path] = model_id
+        self._model_files(model_id, location, self.run_dir / path)
+        self.store.finalize_model(model_id)
+
+    def _model_files(self, model_id: str, location: str, checkpoint: Path) -> None:
+        folder = local_path(location)
+        for file in (checkpoint / name for name in MODEL_FILES):
+            if not file.exists():
+                continue
+            if folder is None:
+                self.store.upload_to_model(model_id, file)
+            else:
+                _same_file(file, folder / file.name)
+
+    def _delete_model(self, path: str) -> None:
+        folder = self.store.delete_model(self.state.models[path])
+        del self.state.models[path]
+        if folder is not None:
+            for name in MODEL_FILES:
+                (folder / name).unlink(missing_ok=True)
+
+    def _use_parent_model(self, run_id: str) -> None:
+        parent_dir = Path((self.record.parent or {})["run_dir"])
+        models = SyncState.load(parent_dir).models
+        newest = [models[path] for path in RunRecord.load(parent_dir).checkpoints if path in models]
+        if newest:
+            self.store.use_model(run_id, newest[-1])
+            self.state.used_model = newest[-1]
+
+    def _tags(self, run_id: str) -> None:
+        wanted = self.record.tags | {"mlflow.note.content": note(self.record, self.run_dir)}
+        changed = {key: value for key, value in wanted.items() if self.state.tags.get(key) != value}
+        if changed:
+            self.store.set_tags(run_id, changed)
+            self.state.tags |= changed
+
+    def _files(self, run_id: str) -> None:
+        if self.state.linked:
+            return
+        for file in self._files_to_upload():
+            name = str(file.relative_to(self.run_dir))
+            changed = file.stat().st_mtime
+            if self.state.uploaded.get(name) != changed:
+                self.store.upload(run_id, file, str(Path(name).parent) if "/" in name else None)
+                self.state.uploaded[name] = changed
+
+    def _files_to_upload(self) -> list[Path]:
+        results = sorted((self.run_dir / "evals").rglob("*.json"))
+        return [self.run_dir / name for name in SMALL_FILES if (self.run_dir / name).exists()] + results
+
+    def _close(self, run_id: str) -> None:
+        if self.state.status != self.record.status:
+            self.store.set_status(run_id, self.record.status, self.record.ended)
+            self.state.status = self.record.status
+
+
+def experiment_dir(root: Path, experiment: str) -> Path:
+    """Folder of an experiment's runs; the artifact location of experiments that sslbench creates."""
+    return root / re.sub(r"[^\w.-]+", "-", experiment)
+
+
+def _same_file(source: Path, target: Path) -> None:
+    """A hard link, or a copy on another file system."""
+    target.parent.mkdir(parents=True, exist_ok=True)
+    target.unlink(missing_ok=True)
+    try:
+        os.link(source, target)
+    except OSError:
+        shutil.copy2(source, target)

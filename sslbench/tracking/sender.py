@@ -1,0 +1,84 @@
+"""The thread that copies a run directory to the store while the run goes on."""
+
+from __future__ import annotations
+
+import threading
+from pathlib import Path
+
+from sslbench.tracking.push import Push
+from sslbench.tracking.record import Log
+from sslbench.tracking.store import RejectedError, Store, StoreError
+
+#: Seconds between two passes: metrics of several log calls go in one request.
+_INTERVAL_S = 1.0
+#: Seconds before a store that failed is tried again; doubled up to the limit.
+_FIRST_RETRY_S, _LAST_RETRY_S = 2.0, 60.0
+
+
+class Sender:
+    """Runs :class:`Push` when there is news. It reads the files, so a slow store costs no memory."""
+
+    def __init__(self, run_dir: Path, uri: str, log: Log, store: Store | None) -> None:
+        self._run_dir = run_dir
+        self._uri = uri
+        self._log = log
+        self._store = store
+        self._news = threading.Event()
+        self._stopping = threading.Event()
+        self._done = False
+        self._reported: str | None = None
+        self._thread = threading.Thread(target=self._work, name="sslbench-sender", daemon=True)
+        self._thread.start()
+
+    def wake(self) -> None:
+        """There is something to send."""
+        self._done = False
+        self._news.set()
+
+    def idle(self) -> bool:
+        """Whether the store has everything."""
+        return self._done and not self._news.is_set()
+
+    def stop(self, limit_s: float) -> None:
+        """Send what is left, within a time limit, and end."""
+        self._stopping.set()
+        self._news.set()
+        self._thread.join(limit_s)
+
+    def _work(self) -> None:
+        retry_s = _FIRST_RETRY_S
+        while True:
+            self._news.wait()
+            last_pass = self._stopping.is_set()
+            self._news.clear()
+            sent = self._pass()
+            if last_pass:
+                return
+            if sent:
+                retry_s = _FIRST_RETRY_S
+                self._stopping.wait(_INTERVAL_S)
+            else:
+                self._stopping.wait(retry_s)
+                retry_s = min(2 * retry_s, _LAST_RETRY_S)
+                self._news.set()
+
+    def _pass(self) -> bool:
+        self._done = True  # wake() takes it back while we are sending
+        try:
+            self._store = self._store or Store(self._uri)
+            push = Push(self._run_dir, self._store)
+            push.everything()
+        except (StoreError, RejectedError) as error:
+            self._done = False
+            self._say(str(error))
+            return False
+        for refusal in push.report.refused:
+            self._log(f"the MLflow store refused {refusal}")
+        self._reported = None
+        return True
+
+    def _say(self, error: str) -> None:
+        """Report an outage once, not once per attempt."""
+        if self._reported is None:
+            self._log(f"MLflow store {self._uri} does not take data at the moment: {error}")
+        self._reported = error

@@ -1,0 +1,276 @@
+"""The tracker of one run: files first, the store in the background."""
+
+from __future__ import annotations
+
+import os
+import shlex
+import time
+import uuid
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+
+from sslbench.tracking.environment import command_line, environment, git_commit, user_name
+from sslbench.tracking.journal import Journal
+from sslbench.tracking.push import JOURNAL, experiment_dir
+from sslbench.tracking.record import (
+    Kind,
+    Log,
+    ParentRef,
+    RunRecord,
+    SyncState,
+    edit_sync_state,
+    flatten,
+    write_json,
+)
+from sslbench.tracking.sender import Sender
+from sslbench.tracking.store import RejectedError, Store, StoreError, resolve_tracking_uri
+
+_FLUSH_LIMIT_S = 10.0
+
+
+class Tracker:
+    """Records one run. Nothing but a full or read-only disk can make it fail.
+
+    The run directory holds the truth; a background thread copies it to the MLflow store. What the store has not
+    acknowledged when the run ends is sent by :func:`sslbench.tracking.sync`.
+    """
+
+    def __init__(self, run_dir: Path, record: RunRecord, log: Log, store: Store | None) -> None:
+        self.run_dir = run_dir
+        self._record = record
+        self._journal = Journal(run_dir / JOURNAL)
+        self._log = log
+        self._sender = Sender(run_dir, record.tracking_uri, log, store)
+
+    @classmethod
+    def open(
+        cls,
+        *,
+        root: Path,
+        name: str,
+        kind: Kind,
+        experiment: str,
+        tracking_uri: str | None,
+        parent: ParentRef | None,
+        params: Mapping[str, Any],
+        tags: Mapping[str, str],
+        log: Log,
+        resume: Path | None = None,
+    ) -> Tracker:
+        """Start a run, or continue the one in ``resume``.
+
+        Args:
+            root: folder of all runs. The run directory is ``<root>/<experiment>/<run id>/artifacts``, which is
+                also the run's artifact folder in MLflow; ``<root>/<name>`` is a link to it.
+            params: the configuration as a nested tree; written to ``config.yaml``, flattened for MLflow.
+            tags: ``method``, ``backbone``, ``dataset``, ``seed``, ... are stored as ``sslbench.<key>``; keys
+                with a dot as they are.
+            log: takes the one line that says why the store is out of reach.
+        """
+        if resume is not None:
+            return cls._resume(resume.resolve(), log)
+        root = root.absolute()
+        record = RunRecord(
+            run_id=uuid.uuid4().hex,
+            name=name,
+            kind=kind,
+            experiment=experiment,
+            root=str(root),
+            tracking_uri=resolve_tracking_uri(tracking_uri),
+            command=command_line(),
+            parent={"run_id": parent.run_id, "run_dir": str(parent.run_dir.resolve())} if parent else None,
+            params=flatten(params),
+            tags=_all_tags(kind, name, tags),
+            started=time.time(),
+        )
+        store, state = _announce(record, log)
+        run_dir = experiment_dir(root, experiment) / record.run_id / "artifacts"
+        run_dir.mkdir(parents=True)
+        _write_facts(run_dir, params)
+        record.save(run_dir)
+        state.save(run_dir)
+        _link_name(root, name, run_dir)
+        return cls(run_dir, record, log, store)
+
+    @classmethod
+    def _resume(cls, run_dir: Path, log: Log) -> Tracker:
+        record = RunRecord.load(run_dir)
+        record.status, record.ended = "RUNNING", None
+        record.pid, record.host = os.getpid(), os.uname().nodename
+        record.save(run_dir)
+        with (run_dir / "command.txt").open("a") as file:
+            file.write(_command_text())
+        return cls(run_dir, record, log, _connect(record.tracking_uri, log))
+
+    @property
+    def run_id(self) -> str:
+        """Id of the run; MLflow's own if the store could be reached when the run started."""
+        return self._record.run_id
+
+    @property
+    def synced(self) -> bool:
+        """Whether the store has acknowledged everything so far."""
+        return self._sender.idle()
+
+    def ref(self) -> ParentRef:
+        """This run as the parent of an evaluation."""
+        return ParentRef(self.run_id, self.run_dir)
+
+    def log(self, step: int, metrics: Mapping[str, float]) -> None:
+        """Write a point of the curves. Costs a line in a file (well below 1 ms), whatever the store does."""
+        self._journal.append(step, metrics)
+        self._sender.wake()
+
+    def summary(self, metrics: Mapping[str, float]) -> None:
+        """Write results of the whole run."""
+        self._journal.append(self._journal.last_step(), metrics, headline=True)
+        self._sender.wake()
+
+    @staticmethod
+    def headline(run_dir: Path, key: str, value: float, log: Log | None = None) -> None:
+        """Write a result on another run, such as an evaluation's on its pretrained model.
+
+        Args:
+            key: ``eval/<protocol>.v<n>/<dataset>/<metric>``
+        """
+        journal = Journal(run_dir / JOURNAL)
+        journal.append(journal.last_step(), {key: value}, headline=True)
+        record = RunRecord.load(run_dir)
+        sender = Sender(run_dir, record.tracking_uri, log or (lambda line: None), None)
+        sender.wake()
+        sender.stop(_FLUSH_LIMIT_S)
+
+    def dataset(self, name: str, digest: str, context: str) -> None:
+        """Record the identity of data the run reads; ``context`` is what for, such as ``train``."""
+        entry = {"name": name, "digest": digest, "context": context}
+        if entry not in self._record.datasets:
+            self._record.datasets.append(entry)
+            self._save()
+
+    def checkpoint(self, path: Path, meta: Mapping[str, Any]) -> None:
+        """Register a kept checkpoint (a folder with ``backbone.pt`` and ``meta.json``) as a LoggedModel."""
+        self._record.checkpoints[self._relative(path)] = dict(meta)
+        self._save()
+
+    def checkpoint_removed(self, path: Path) -> None:
+        """Forget a checkpoint that was deleted."""
+        if self._record.checkpoints.pop(self._relative(path), None) is not None:
+            self._save()
+
+    def rewind(self, step: int) -> None:
+        """Drop metrics beyond a step: a resumed run writes them again, and the store does not get them twice."""
+        with edit_sync_state(self.run_dir) as state:
+            dropped = self._journal.truncate_after(step)
+            for entry in dropped:
+                if entry.end <= state.offset:
+                    state.resent |= {key: max(entry.step, state.resent.get(key, -1)) for key in entry.metrics}
+            state.offset = min(state.offset, self._journal.size())
+
+    def finish(
+        self, status: Literal["FINISHED", "FAILED", "KILLED"], error: Mapping[str, Any] | None = None
+    ) -> None:
+        """Close the run with a final status, waiting up to 10 s for the store."""
+        if error is not None:
+            write_json(self.run_dir / "error.json", error)
+        self._record.status, self._record.ended = status, time.time()
+        self._save()
+        self._sender.stop(_FLUSH_LIMIT_S)
+        if not self.synced:
+            self._log(
+                f"MLflow store {self._record.tracking_uri} has not got all of this run; nothing is lost. "
+                f"Complete it with: sslbench sync {shlex.quote(str(self.run_dir))}"
+            )
+
+    def _save(self) -> None:
+        self._record.save(self.run_dir)
+        self._sender.wake()
+
+    def _relative(self, path: Path) -> str:
+        return str(path.resolve().relative_to(self.run_dir.resolve()))
+
+
+def _announce(record: RunRecord, log: Log) -> tuple[Store | None, SyncState]:
+    """Create the run in the store and take over its id; without a store the local id stays."""
+    store = _connect(record.tracking_uri, log)
+    state = SyncState()
+    if store is None:
+        return None, state
+    try:
+        location = experiment_dir(Path(record.root), record.experiment)
+        state.experiment_id = store.experiment(record.experiment, location)
+        parent_tag = _parent_tag(record)
+        run_id, uri = store.create_run(state.experiment_id, record.name, record.tags | parent_tag, record.started)
+    except (StoreError, RejectedError) as error:
+        log(_out_of_reach(record.tracking_uri, error))
+        return store, SyncState()
+    record.run_id = state.store_run_id = run_id
+    state.artifact_uri = uri
+    state.tags = dict(record.tags)
+    return store, state
+
+
+def _parent_tag(record: RunRecord) -> dict[str, str]:
+    parent = SyncState.load(Path(record.parent["run_dir"])) if record.parent else SyncState()
+    return {"mlflow.parentRunId": parent.store_run_id} if parent.store_run_id else {}
+
+
+def _connect(uri: str, log: Log) -> Store | None:
+    try:
+        return Store(uri)
+    except (StoreError, RejectedError) as error:
+        log(_out_of_reach(uri, error))
+        return None
+
+
+def _out_of_reach(uri: str, error: Exception) -> str:
+    return (
+        f"MLflow store {uri} is out of reach ({error}). The run goes on and keeps everything in its folder; "
+        "`sslbench sync RUN` completes the store later."
+    )
+
+
+def _all_tags(kind: Kind, name: str, tags: Mapping[str, str]) -> dict[str, str]:
+    ours = {key if "." in key else f"sslbench.{key}": str(value) for key, value in tags.items()}
+    basic = {
+        "mlflow.runName": name,
+        "mlflow.user": user_name(),
+        "mlflow.source.name": " ".join(command_line().split()[:2]),
+        "mlflow.source.type": "LOCAL",
+        "sslbench.kind": kind,
+    }
+    commit = git_commit(Path.cwd())
+    return basic | ({"mlflow.source.git.commit": commit["commit"]} if commit else {}) | ours
+
+
+def _command_text() -> str:
+    return f"cd {shlex.quote(str(Path.cwd()))}\n{command_line()}\n"
+
+
+def _write_facts(run_dir: Path, params: Mapping[str, Any]) -> None:
+    (run_dir / "config.yaml").write_text(yaml.safe_dump(_plain_tree(params), sort_keys=False))
+    (run_dir / "environment.yaml").write_text(yaml.safe_dump(environment(), sort_keys=False))
+    (run_dir / "command.txt").write_text(_command_text())
+
+
+def _plain_tree(value: Any) -> Any:
+    """Mappings, lists and plain values only, as YAML without tags needs."""
+    if isinstance(value, Mapping):
+        return {str(key): _plain_tree(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain_tree(item) for item in value]
+    return value if isinstance(value, str | int | float | bool | None) else str(value)
+
+
+def _link_name(root: Path, name: str, run_dir: Path) -> None:
+    """``<root>/<name>`` -> run directory; a name that is taken gets a number."""
+    safe = name.replace("/", "-")
+    for number in range(1, 10_000):
+        link = root / (safe if number == 1 else f"{safe}-{number}")
+        try:
+            link.symlink_to(os.path.relpath(run_dir, root))
+        except FileExistsError:
+            continue
+        return
