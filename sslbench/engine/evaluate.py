@@ -1,0 +1,248 @@
+"""Evaluations: from a run and a protocol's name to a child run with its result."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from sslbench.config.compose import Composed, read_config_file
+from sslbench.config.schema import DataOptions, TrainOptions
+from sslbench.config.tree import Tree, parse_overrides, plain
+from sslbench.config.validate import validate_section
+from sslbench.engine import checkpoint
+from sslbench.engine.console import Console
+from sslbench.engine.setup import choose_device
+from sslbench.errors import ConfigError
+from sslbench.evaluation.job import EvaluationJob, evaluation_dir, run_protocol
+from sslbench.plugin.api import Dataset, EvalProtocol
+from sslbench.plugin.catalog import Catalog
+from sslbench.tracking import ParentRef, RunRecord, Tracker, headline
+
+FEATURE_CACHE = ".features"
+RESULT = "result.json"
+_SECTIONS = ("dataset", "data", "train")
+
+
+@dataclass(frozen=True)
+class EvalPlan:
+    """One evaluation that is about to run."""
+
+    run_dir: Path
+    record: RunRecord
+    protocol: EvalProtocol
+    dataset_name: str
+    dataset_class: type[Dataset]
+    dataset_options: Any
+    data: DataOptions
+    train: TrainOptions
+    seed: int
+
+    def tree(self) -> Tree:
+        """The complete configuration of the evaluation."""
+        return {
+            "run": str(self.run_dir),
+            "protocol": {
+                "name": self.protocol.name,
+                "version": self.protocol.version,
+                **plain(self.protocol.cfg),
+            },
+            "dataset": {"name": self.dataset_name, **plain(self.dataset_options)},
+            "data": plain(self.data),
+            "train": {"device": self.train.device},
+        }
+
+
+@dataclass(frozen=True)
+class EvalOutcome:
+    """The result of one evaluation."""
+
+    protocol: str
+    version: int
+    dataset: str
+    metrics: dict[str, float]
+    primary: str
+    out_dir: Path
+    seconds: float
+    children: list[EvalOutcome] = field(default_factory=list)
+
+    @property
+    def key(self) -> str:
+        """Prefix of its metrics on the pretraining run."""
+        return f"eval/{self.protocol}.v{self.version}/{self.dataset}"
+
+
+def plan_evaluation(
+    catalog: Catalog, run_dir: Path, protocol: str, dataset: str | None, items: list[str]
+) -> EvalPlan:
+    """Compose an evaluation of a finished run.
+
+    Args:
+        dataset: another data set than the one the run was pretrained on.
+        items: ``key=value`` options; keys that start with ``dataset.``, ``data.`` or ``train.`` address these
+            sections, all others the protocol.
+
+    Raises:
+        ConfigError: with every problem found.
+    """
+    given = parse_overrides(items)
+    sections = {name: _section(given.pop(name, {}), name) for name in _SECTIONS}
+    if dataset:
+        sections["dataset"]["name"] = dataset
+    return _plan(catalog, run_dir, protocol, sections, given, "command line")
+
+
+def plan_after_pretraining(
+    composed: Composed, catalog: Catalog, dataset: Dataset, run_dir: Path, protocol: str
+) -> EvalPlan | str:
+    """Plan one of the recipe's evaluations, or say why it does not apply to this data set."""
+    cls = catalog.load("eval", protocol)
+    if dataset.info.task == "unlabelled":
+        return f"{dataset.key} has no labels; name a labelled one: sslbench eval {protocol} RUN --dataset NAME"
+    if "test" in cls.splits and "test" not in dataset.info.splits:
+        return f"{dataset.key} has no test split"
+    return _plan(catalog, run_dir, protocol, {name: {} for name in _SECTIONS}, {}, "recipe")
+
+
+def evaluate_run(plan: EvalPlan, catalog: Catalog, console: Console) -> EvalOutcome:
+    """Run an evaluation as a child run and put its headline on the pretraining run.
+
+    Raises:
+        SslbenchError: after the child run is closed as FAILED.
+    """
+    started = time.monotonic()
+    backbone, meta = checkpoint.load_backbone(checkpoint.latest(plan.run_dir, console.warn), catalog)
+    dataset = plan.dataset_class(plan.dataset_options)
+    out_dir = evaluation_dir(plan.run_dir, plan.protocol.name, dataset.key)
+    tracker = _open_tracker(plan, dataset, console)
+    children: list[EvalOutcome] = []
+
+    def run_child(
+        protocol: str, name: str, dataset_options: Mapping[str, Any], options: Mapping[str, Any]
+    ) -> dict[str, float]:
+        sections: dict[str, Tree] = {
+            "dataset": {"name": name, **dataset_options},
+            "data": plain(plan.data),
+            "train": {"device": plan.train.device},
+        }
+        child = _plan(catalog, plan.run_dir, protocol, sections, dict(options), plan.protocol.name)
+        children.append(evaluate_run(child, catalog, console))
+        return children[-1].metrics
+
+    console.info(f"Evaluating {plan.protocol.name} v{plan.protocol.version} on {dataset.key}")
+    with tracker.closing():
+        job = EvaluationJob(
+            plan.protocol,
+            backbone,
+            dataset,
+            image_size=meta.backbone.image_size,
+            data=plan.data,
+            seed=plan.seed,
+            device=choose_device(plan.train),
+            run_dir=plan.run_dir,
+            out_dir=out_dir,
+            cache_dir=Path(plan.record.root) / FEATURE_CACHE,
+            log=tracker.log,
+            run_child=run_child,
+            dataset_key=dataset.key,
+        )
+        metrics = run_protocol(plan.protocol, job)
+        outcome = EvalOutcome(
+            plan.protocol.name,
+            plan.protocol.version,
+            dataset.key,
+            metrics,
+            plan.protocol.primary,
+            out_dir,
+            time.monotonic() - started,
+            children,
+        )
+        tracker.summary(metrics)
+        job.write_report(RESULT, _result(plan, outcome, dataset, meta, tracker.run_id))
+    values = {f"{outcome.key}/{name}": value for name, value in metrics.items()}
+    headline(plan.run_dir, values, step=meta.step, log=console.info)
+    return outcome
+
+
+def _plan(
+    catalog: Catalog,
+    run_dir: Path,
+    protocol: str,
+    sections: Mapping[str, Tree],
+    options: Tree,
+    origin: str,
+) -> EvalPlan:
+    cls = catalog.load("eval", protocol)
+    saved = read_config_file(run_dir / "config.yaml").values
+    of_run = dict(saved.get("dataset", {}))
+    asked = dict(sections["dataset"])
+    name = str(asked.pop("name", of_run.get("name")))
+    base = of_run if name == of_run.get("name") else {}
+    dataset_values = {key: value for key, value in {**base, **asked}.items() if key != "name"}
+    dataset_class = catalog.load("dataset", name)
+    protocol_values = {**(saved.get("evals", {}).get(protocol) or {}), **options}
+    train = {"device": saved["train"]["device"], **sections["train"]}
+    return EvalPlan(
+        run_dir=run_dir,
+        record=RunRecord.load(run_dir),
+        protocol=cls(validate_section(cls.Config, protocol_values, "", origin)),
+        dataset_name=name,
+        dataset_class=dataset_class,
+        dataset_options=validate_section(dataset_class.Config, dataset_values, "dataset", origin),
+        data=validate_section(DataOptions, {**saved.get("data", {}), **sections["data"]}, "data", origin),
+        train=validate_section(TrainOptions, train, "train", origin),
+        seed=int(saved["run"]["seed"]),
+    )
+
+
+def _section(values: Any, name: str) -> Tree:
+    if not isinstance(values, dict):
+        raise ConfigError(f"'{name}' is a section", hint=f"write {name}.KEY=VALUE")
+    return dict(values)
+
+
+def _open_tracker(plan: EvalPlan, dataset: Dataset, console: Console) -> Tracker:
+    inherited = ("sslbench.method", "sslbench.backbone", "sslbench.limited", "sslbench.config_hash")
+    tags = {key: plan.record.tags[key] for key in inherited if key in plan.record.tags}
+    tags |= {
+        "sslbench.dataset": dataset.key,
+        "sslbench.seed": str(plan.seed),
+        "sslbench.protocol": f"{plan.protocol.name}.v{plan.protocol.version}",
+    }
+    tracker = Tracker.open(
+        root=Path(plan.record.root),
+        name=f"{plan.protocol.name}-{dataset.key}-of-{plan.record.name}",
+        kind="eval",
+        experiment=plan.record.experiment,
+        tracking_uri=plan.record.tracking_uri,
+        parent=ParentRef(plan.record.run_id, plan.run_dir),
+        params=plan.tree(),
+        tags=tags,
+        log=console.info,
+    )
+    tracker.dataset(dataset.key, dataset.fingerprint(), plan.protocol.name)
+    return tracker
+
+
+def _result(
+    plan: EvalPlan, outcome: EvalOutcome, dataset: Dataset, meta: checkpoint.CheckpointMeta, run_id: str
+) -> dict[str, Any]:
+    return {
+        "protocol": outcome.protocol,
+        "version": outcome.version,
+        "dataset": outcome.dataset,
+        "dataset_fingerprint": dataset.fingerprint(),
+        "metrics": outcome.metrics,
+        "directions": dict(plan.protocol.metrics),
+        "primary": outcome.primary,
+        "checkpoint_step": meta.step,
+        "checkpoint_sha256": meta.sha256[checkpoint.BACKBONE],
+        "limited": meta.limited,
+        "seed": plan.seed,
+        "config": plan.tree(),
+        "run_id": run_id,
+        "seconds": outcome.seconds,
+        "time": time.time(),
+    }

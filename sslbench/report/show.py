@@ -1,0 +1,277 @@
+"""What commands print on stdout: tables for people, JSON for programs."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from rich import box
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+from sslbench.plugin.catalog import Catalog, Kind
+
+if TYPE_CHECKING:
+    from sslbench.config.compose import Composed
+    from sslbench.config.registry import Registry
+    from sslbench.engine.evaluate import EvalOutcome
+    from sslbench.engine.worker import Outcome
+    from sslbench.report.doctor import Check
+
+
+def out() -> Console:
+    """A console on stdout that never wraps when it is piped."""
+    console = Console(highlight=False)
+    return console if console.is_terminal else Console(highlight=False, width=200)
+
+
+def print_json(content: Any) -> None:
+    """Machine-readable output."""
+    out().print_json(json.dumps(content, default=str), indent=2)
+
+
+def list_plugins(catalog: Catalog, kinds: Sequence[Kind], as_json: bool) -> None:
+    """One table per kind, from metadata alone."""
+    entries = [entry for kind in kinds for entry in catalog.entries(kind)]
+    if as_json:
+        fields = ("kind", "name", "summary", "distribution", "version", "module")
+        print_json([{name: getattr(entry, name) for name in fields} for entry in entries])
+        return
+    for kind in kinds:
+        table = _table(f"{kind}s", "name", "what it is", "from")
+        for entry in entries:
+            if entry.kind == kind:
+                table.add_row(entry.name, escape(entry.summary), f"{entry.distribution} {entry.version}")
+        out().print(table)
+
+
+def list_recipes(registry: Registry, as_json: bool) -> None:
+    """Recipes with where their values come from."""
+    rows = {
+        name: recipe.model_dump(include={"summary", "source", "extends"})
+        for name, recipe in registry.recipes.items()
+    }
+    if as_json:
+        print_json([{"name": name, **row} for name, row in rows.items()])
+        return
+    table = _table("recipes", "name", "what it is", "source")
+    for name, row in rows.items():
+        table.add_row(name, escape(row["summary"]), escape(row["source"]))
+    out().print(table)
+
+
+def list_runs(root: Path, as_json: bool) -> None:
+    """Pretrained models under the runs folder, oldest first."""
+    from sslbench.engine.runs import pretrained_runs
+
+    runs = pretrained_runs(root)
+    if as_json:
+        print_json([{**record, "run_dir": str(path)} for record, path in runs])
+        return
+    table = _table(f"runs in {root}", "name", "status", "method", "dataset", "backbone", "epochs", "seed")
+    for record, _ in runs:
+        tags = record.get("tags", {})
+        names = ("method", "dataset", "backbone", "epochs", "seed")
+        table.add_row(
+            str(record.get("name")), str(record.get("status")), *(tags.get(f"sslbench.{n}", "") for n in names)
+        )
+    out().print(table)
+
+
+def show_plugin(catalog: Catalog, registry: Registry, kind: Kind, name: str, as_json: bool) -> None:
+    """A plugin's origin, documentation, options and the recipes that use it."""
+    entry = catalog.find(kind, name)
+    cls = catalog.load(kind, name)
+    options = describe_options(cls.Config)
+    recipes = [
+        r for r, recipe in registry.recipes.items() if recipe.config.get(kind, {}).get("name") == entry.name
+    ]
+    if as_json:
+        print_json({**entry.identity(), "kind": kind, "doc": cls.__doc__, "options": options, "recipes": recipes})
+        return
+    console = out()
+    console.print(f"[bold]{entry.name}[/bold]  {kind} of {entry.distribution} {entry.version}  ({entry.module})")
+    console.print(escape(_module_doc(cls)))
+    table = _table(f"options (write {_prefix(kind, name)}KEY=VALUE)", "key", "type", "default", "meaning")
+    for row in options:
+        table.add_row(*(escape(str(row[column])) for column in ("key", "type", "default", "meaning")))
+    console.print(table)
+    if recipes:
+        console.print(f"recipes: {', '.join(recipes)}")
+
+
+def show_recipe(registry: Registry, name: str, as_json: bool) -> None:
+    """A recipe, merged with those it extends, and its published results."""
+    from sslbench.config.tree import merge
+
+    merged: dict[str, Any] = {}
+    origins: dict[str, str] = {}
+    for origin, part in registry.recipe_chain(name):
+        merge(merged, part.config, origin, origins)
+    recipe = registry.recipes[name]
+    references = [r.model_dump() for r in registry.references if r.recipe == name]
+    if as_json:
+        print_json({"name": name, **recipe.model_dump(), "config": merged, "references": references})
+        return
+    console = out()
+    console.print(f"[bold]{name}[/bold]  {escape(recipe.summary)}\nsource: {escape(recipe.source)}")
+    print_tree(merged, False)
+    for row in references:
+        mark = "" if row["verified"] else "  (not verified)"
+        console.print(
+            f"reference: {row['metric']} = {row['value']} ± {row['tolerance']}{mark}  {escape(row['source'])}"
+        )
+
+
+def print_tree(tree: Mapping[str, Any], as_json: bool) -> None:
+    """A configuration as YAML."""
+    import yaml
+
+    from sslbench.config.tree import plain
+
+    if as_json:
+        print_json(plain(tree))
+    else:
+        print(yaml.safe_dump(plain(tree), sort_keys=False), end="")  # noqa: T201 - results go to stdout
+
+
+def print_explained(composed: Composed, as_json: bool) -> None:
+    """Every value with its origin."""
+    from sslbench.config.tree import flatten
+
+    rows = [
+        {"key": key, "value": value, "origin": composed.origins.get(key, "default")}
+        for key, value in flatten(composed.tree)
+        if key != "recipe"
+    ]
+    if as_json:
+        print_json({"config_hash": composed.hash(), "values": rows})
+        return
+    table = _table(f"configuration {composed.hash()}", "key", "value", "origin")
+    for row in rows:
+        style = "dim" if row["origin"] == "default" else None
+        table.add_row(row["key"], escape(str(row["value"])), row["origin"], style=style)
+    out().print(table)
+
+
+def print_plan(composed: Composed, as_json: bool) -> None:
+    """What a pretraining command would do."""
+    from sslbench.engine.schedule import peak_lr
+
+    core = composed.core
+    plan = {
+        "method": composed.method.name,
+        "dataset": composed.dataset.name,
+        "backbone": composed.backbone.name,
+        "recipe": composed.recipe,
+        "epochs": core.train.epochs,
+        "global batch": core.train.batch_size,
+        "optimizer": core.optim.name,
+        "learning rate": f"{core.optim.lr} per {core.optim.lr_per or 'batch'}, "
+        f"{peak_lr(core.optim, core.train.batch_size):.6g} effective",
+        "views": len(composed.method.cfg.views),  # type: ignore[attr-defined]
+        "seed": core.run.seed,
+        "evaluations": list(core.run.evals),
+        "config hash": composed.hash(),
+    }
+    if as_json:
+        print_json({"plan": plan, "config": composed.tree})
+        return
+    for key, value in plan.items():
+        out().print(f"{key:>14}  {escape(str(value))}")
+
+
+def print_outcome(outcome: Outcome, as_json: bool) -> None:
+    """The result of a pretraining command."""
+    if as_json:
+        print_json(dataclasses.asdict(outcome))
+        return
+    console = out()
+    console.print(f"\n[bold]{outcome.name}[/bold]  {outcome.steps} steps, {outcome.seconds:.0f} s")
+    if outcome.evals:
+        console.print(_eval_table(outcome.evals))
+    console.print(f"run directory  {outcome.run_dir}")
+    console.print("next           sslbench compare   or   mlflow ui")
+
+
+def print_evaluation(outcome: EvalOutcome, as_json: bool) -> None:
+    """The result of one evaluation."""
+    if as_json:
+        print_json(dataclasses.asdict(outcome))
+        return
+    console = out()
+    console.print(_eval_table([outcome, *outcome.children]))
+    console.print(f"files  {outcome.out_dir}   ({outcome.seconds:.1f} s)")
+
+
+def print_checks(checks: Sequence[Check], as_json: bool) -> None:
+    """The findings of ``doctor``; passed plugin checks are counted, failed ones shown."""
+    if as_json:
+        print_json([dataclasses.asdict(check) for check in checks])
+        return
+    console = out()
+    for check in checks:
+        mark = "[green]ok[/green]  " if check.passed else "[red]FAIL[/red]"
+        advice = f"   next: {check.advice}" if check.advice and not check.passed else ""
+        console.print(f"{mark} {check.name:<44} {escape(check.detail)}{escape(advice)}")
+    failed = sum(not check.passed for check in checks)
+    console.print(f"{len(checks) - failed} of {len(checks)} checks passed")
+
+
+def describe_options(model: type[Any], prefix: str = "") -> list[dict[str, str]]:
+    """Rows (key, type, default, meaning) of an option model, nested models included."""
+    from sslbench.config.tree import plain
+
+    rows = []
+    for name, field in model.model_fields.items():
+        default = "required" if field.is_required() else str(plain(field.get_default(call_default_factory=True)))
+        meaning = " ".join((field.description or "").split())
+        rows.append(
+            {
+                "key": f"{prefix}{name}",
+                "type": _type_name(field.annotation),
+                "default": default,
+                "meaning": meaning,
+            }
+        )
+    return rows
+
+
+def _eval_table(outcomes: Sequence[EvalOutcome]) -> Table:
+    table = _table(None, "protocol", "data set", "metric", "value")
+    for outcome in outcomes:
+        for number, (name, value) in enumerate(outcome.metrics.items()):
+            head = (f"{outcome.protocol} v{outcome.version}", outcome.dataset) if number == 0 else ("", "")
+            style = "bold" if name == outcome.primary else None
+            table.add_row(*head, name, f"{value:.4g}" if abs(value) < 1 else f"{value:.2f}", style=style)
+    return table
+
+
+def _table(title: str | None, *columns: str) -> Table:
+    table = Table(title=title, title_justify="left", title_style="bold", box=box.SIMPLE_HEAD, pad_edge=False)
+    for column in columns:
+        table.add_column(column, overflow="fold")
+    return table
+
+
+def _prefix(kind: Kind, name: str) -> str:
+    return f"evals.{name}." if kind == "eval" else f"{kind}."
+
+
+def _module_doc(cls: type[Any]) -> str:
+    import inspect
+
+    module = inspect.getmodule(cls)
+    return inspect.cleandoc((module.__doc__ if module else None) or cls.__doc__ or "")
+
+
+def _type_name(annotation: Any) -> str:
+    if isinstance(annotation, type):
+        return annotation.__name__
+    return (
+        str(annotation).replace("typing.", "").replace("sslbench.plugin.viewspec.", "").replace("NoneType", "None")
+    )
