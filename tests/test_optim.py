@@ -7,9 +7,10 @@ import io
 import pytest
 import torch
 import torchvision
+from pydantic import ValidationError
 from torch import Tensor, nn
 
-from sslbench.config.schema import OptimOptions
+from sslbench.config.schema import CoreOptions, OptimOptions
 from sslbench.engine.optim import build_optimizer, set_learning_rate
 from sslbench.errors import PluginError
 
@@ -263,6 +264,12 @@ def test_options_reach_torchs_optimisers(options, reference):
     train(theirs, plain, range(5))
     for a, b in zip(ours.parameters(), theirs.parameters(), strict=True):
         torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("name", ["sgd", "lars"])
+def test_nesterov_needs_momentum(name):
+    with pytest.raises(ValidationError, match=r"optim\.nesterov needs"):
+        CoreOptions(optim=OptimOptions(name=name, nesterov=True, momentum=0.0))
 
 
 @pytest.mark.parametrize("name", ["sgd", "lars", "adamw", "adam"])

@@ -135,4 +135,6 @@ class CoreOptions(Options):
     def _known_combinations(self) -> CoreOptions:
         if self.optim.excluded_lr == "lr-squared" and self.optim.name != "lars":
             raise ValueError("optim.excluded_lr 'lr-squared' exists for optim.name 'lars' only")
+        if self.optim.nesterov and self.optim.momentum == 0:
+            raise ValueError("optim.nesterov needs an optim.momentum above 0")
         return self
