@@ -45,7 +45,8 @@ def augment_colors(images: Tensor, spec: ViewSpec, draws: Draws, stream: str) ->
 
 def changes_colors(spec: ViewSpec) -> bool:
     """Whether a view has any photometric operation."""
-    return bool(spec.jitter or spec.gray or spec.blur or spec.solarize)
+    parts = (spec.jitter.p if spec.jitter else 0, spec.gray, spec.blur.p if spec.blur else 0, spec.solarize)
+    return any(probability > 0 for probability in parts)
 
 
 def _apply(images: Tensor, chosen: Tensor, operation: Callable[..., Tensor], *parameters: Tensor) -> None:

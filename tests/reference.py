@@ -1,0 +1,102 @@
+"""The same view specifications, executed the slow way: one PIL image at a time with torchvision's transforms."""
+
+from __future__ import annotations
+
+import random
+from functools import lru_cache
+
+import numpy as np
+import torch
+from PIL import Image
+from sklearn.datasets import load_sample_image
+from torch import Tensor
+from torchvision.transforms import v2 as T
+from torchvision.transforms.v2 import functional as TF
+
+from sslbench.plugin.viewspec import Blur, ViewSpec
+
+PIL_MODES = {"bilinear": Image.Resampling.BILINEAR, "bicubic": Image.Resampling.BICUBIC}
+TV_MODES = {"bilinear": T.InterpolationMode.BILINEAR, "bicubic": T.InterpolationMode.BICUBIC}
+
+
+@lru_cache(maxsize=4)
+def photo_tiles(height: int, width: int) -> Tensor:
+    """Tiles of two real photographs, uint8 ``[N,3,height,width]``."""
+    tiles = []
+    for name in ("china.jpg", "flower.jpg"):
+        photo = torch.from_numpy(load_sample_image(name).copy()).permute(2, 0, 1)
+        windows = photo.unfold(1, height, height).unfold(2, width, width)
+        tiles.append(windows.permute(1, 2, 0, 3, 4).reshape(-1, 3, height, width))
+    return torch.cat(tiles)
+
+
+def to_pil(image: Tensor) -> Image.Image:
+    """uint8 ``[3,H,W]`` to PIL."""
+    return Image.fromarray(image.permute(1, 2, 0).contiguous().numpy())
+
+
+def from_pil(image: Image.Image) -> Tensor:
+    """PIL to float ``[3,H,W]`` in [0, 1]."""
+    return torch.from_numpy(np.array(image)).permute(2, 0, 1).float() / 255
+
+
+def reference_crop(image: Tensor, box: Tensor, flip: bool, side: int, interpolation: str) -> Tensor:
+    """Crop (zeros beyond the image), resize and flip with Pillow; float ``[3,S,S]``."""
+    cropped = to_pil(image).crop(tuple(int(edge) for edge in box.tolist()))
+    view = cropped.resize((side, side), PIL_MODES[interpolation])
+    return from_pil(view.transpose(Image.Transpose.FLIP_LEFT_RIGHT) if flip else view)
+
+
+class ResizeBlur:
+    """Shrink and enlarge by a factor drawn from a list."""
+
+    def __init__(self, factors: tuple[float, ...]) -> None:
+        self.factors = factors
+
+    def __call__(self, image: Image.Image) -> Image.Image:
+        width, height = image.size
+        factor = random.choice(self.factors)
+        small = image.resize((int(width / factor), int(height / factor)), Image.Resampling.BICUBIC)
+        return small.resize((width, height), Image.Resampling.BICUBIC)
+
+
+def _crop_steps(spec: ViewSpec, height: int, width: int) -> list[object]:
+    side, mode = [spec.size, spec.size], TV_MODES[spec.interpolation]
+    if spec.crop == "resized":
+        return [T.RandomResizedCrop(side, scale=spec.scale, ratio=spec.ratio, interpolation=mode)]
+    if spec.crop == "padded":
+        padding = [round(width * spec.padding), round(height * spec.padding)]
+        return [T.Pad(padding), T.RandomCrop((height, width)), T.Resize(side, interpolation=mode)]
+    square = round(min(height, width) * spec.center)
+    return [T.CenterCrop(square), T.Resize(side, interpolation=mode)]
+
+
+def _blur(blur: Blur, side: int) -> object:
+    if blur.kind == "resize":
+        return ResizeBlur(blur.factors)
+    return T.GaussianBlur(2 * max(1, int(blur.kernel * side) // 2) + 1, sigma=blur.sigma)
+
+
+def reference_transform(spec: ViewSpec, height: int, width: int) -> T.Compose:
+    """PIL image to PIL image, random numbers from torch's and Python's global generators."""
+    assert spec.size is not None
+    steps = _crop_steps(spec, height, width)
+    steps.append(T.RandomHorizontalFlip(spec.flip))
+    if spec.jitter:
+        j = spec.jitter
+        jitter = T.ColorJitter(j.brightness, j.contrast, j.saturation, j.hue)
+        steps.append(T.RandomApply([jitter], p=j.p))
+    steps.append(T.RandomGrayscale(spec.gray))
+    if spec.blur:
+        steps.append(T.RandomApply([_blur(spec.blur, spec.size)], p=spec.blur.p))
+    steps.append(T.RandomSolarize(128, spec.solarize))
+    return T.Compose(steps)
+
+
+def reference_views(spec: ViewSpec, images: Tensor, seed: int) -> Tensor:
+    """One random view of each image: uint8 ``[N,3,H,W]`` to float ``[N,3,S,S]`` in [0, 1]."""
+    transform = reference_transform(spec, *images.shape[-2:])
+    random.seed(seed)
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        return torch.stack([TF.to_dtype(TF.to_image(transform(to_pil(i))), scale=True) for i in images])
