@@ -9,9 +9,10 @@ from pathlib import Path
 from typing import Any, ClassVar, Literal, NamedTuple, Protocol
 
 import torch
+from pydantic import Field
 from torch import Tensor, nn
 
-from sslbench.config.options import Options
+from sslbench.config.options import Options, cosmetic
 from sslbench.plugin.viewspec import Blur, Jitter, ViewSpec
 from sslbench.rng import Draws
 
@@ -22,6 +23,7 @@ __all__ = [
     "Build",
     "Dataset",
     "DatasetInfo",
+    "EvalOptions",
     "EvalProtocol",
     "FeatureTable",
     "Features",
@@ -338,6 +340,18 @@ class Job(Protocol):
     ) -> dict[str, float]:
         """Run another protocol on the same model as an evaluation of its own and return its metrics."""
         ...
+
+
+class EvalOptions(Options):
+    """Options of every protocol that looks at images through the backbone."""
+
+    size: int | None = Field(None, ge=4)
+    """Side of the images in pixels; unset: the side the model was pretrained with."""
+    center: float | None = Field(None, gt=0, le=1)
+    """Side of the centred square that is kept, as a fraction of the short side; unset: 1 for data sets of one
+    fixed size, 0.875 ("resize 256, crop 224") where sizes vary."""
+    batch_size: int = cosmetic(512, ge=1)
+    """Images per forward pass of the frozen backbone."""
 
 
 class EvalProtocol(ABC):

@@ -1,0 +1,154 @@
+"""Classifiers on frozen features, and how their answers are counted."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+Normalize = Literal["none", "standardize", "l2"]
+
+
+def label_ranks(scores: Tensor, labels: Tensor) -> Tensor:
+    """How many classes are placed before the right one: 0 is a top-1 hit, below 5 a top-5 hit.
+
+    Equal scores are placed by class number, as ``argmax`` does. A right class whose score is not finite is
+    never a hit: it comes last.
+
+    Args:
+        scores: ``[N,...,C]``.
+        labels: int64 ``[N]``.
+
+    Returns:
+        int64 ``[N,...]``.
+    """
+    classes = scores.shape[-1]
+    wanted = labels.view(-1, *[1] * (scores.ndim - 1)).expand(*scores.shape[:-1], 1)
+    own = scores.gather(-1, wanted)
+    earlier = torch.arange(classes, device=scores.device) < wanted
+    ranks = ((scores > own) | ((scores == own) & earlier)).sum(-1)
+    return ranks.masked_fill(~own.squeeze(-1).isfinite(), classes)
+
+
+def percent(hits: Tensor) -> Tensor:
+    """Share of true values over the first axis, in percent: bool ``[N,...]`` to float64 ``[...]``."""
+    return hits.sum(0).double() * (100.0 / len(hits))
+
+
+@dataclass(frozen=True)
+class FeatureScaling:
+    """What happens to features before a linear classifier sees them."""
+
+    kind: Normalize
+    mean: Tensor
+    """``[D]``; zero unless ``kind`` is ``standardize``."""
+    std: Tensor
+    """``[D]``; one unless ``kind`` is ``standardize``."""
+
+    @classmethod
+    def fit(cls, kind: Normalize, features: Tensor) -> FeatureScaling:
+        """Measure it on the training features ``[N,D]``. A constant feature keeps its scale."""
+        if kind == "standardize":
+            std = features.std(0, correction=0)
+            return cls(kind, features.mean(0), torch.where(std > 1e-6, std, torch.ones_like(std)))
+        zero = torch.zeros_like(features[0])
+        return cls(kind, zero, zero + 1)
+
+    def __call__(self, features: Tensor) -> Tensor:
+        """``[N,D]`` to ``[N,D]``."""
+        if self.kind == "none":
+            return features
+        return F.normalize(features, dim=1) if self.kind == "l2" else (features - self.mean) / self.std
+
+
+@dataclass(frozen=True)
+class LinearHead:
+    """A trained linear classifier with everything needed to apply it to raw features."""
+
+    weight: Tensor
+    """``[C,D]``"""
+    bias: Tensor
+    """``[C]``"""
+    scaling: FeatureScaling
+
+    def __call__(self, features: Tensor) -> Tensor:
+        """``[N,D]`` features as the backbone gives them to logits ``[N,C]``."""
+        return F.linear(self.scaling(features), self.weight, self.bias)
+
+    def state(self) -> dict[str, Any]:
+        """Plain tensors and values; :meth:`from_state` reads them."""
+        scaling = {"normalize": self.scaling.kind, "mean": self.scaling.mean, "std": self.scaling.std}
+        return {"weight": self.weight, "bias": self.bias, **scaling}
+
+    @classmethod
+    def from_state(cls, state: Mapping[str, Any], device: torch.device) -> LinearHead:
+        """The head that :meth:`state` described."""
+        mean, std = state["mean"].to(device), state["std"].to(device)
+        scaling = FeatureScaling(state["normalize"], mean, std)
+        return cls(state["weight"].to(device), state["bias"].to(device), scaling)
+
+
+class Neighbours:
+    """Exact nearest neighbours by cosine similarity in a bank of labelled features.
+
+    Args:
+        features: ``[M,D]``, the bank.
+        labels: int64 ``[M]``.
+        classes: number of classes C.
+        budget: how many similarities are held in memory at once.
+    """
+
+    def __init__(self, features: Tensor, labels: Tensor, classes: int, budget: int = 1 << 25) -> None:
+        self.bank = F.normalize(features, dim=1)
+        self.labels = labels
+        self.classes = classes
+        self.rows = max(1, budget // len(features))
+
+    def search(self, queries: Tensor, k: int) -> Iterator[tuple[Tensor, Tensor]]:
+        """The k most similar rows, best first, in chunks of queries: similarities and labels ``[n,k]``."""
+        for chunk in F.normalize(queries, dim=1).split(self.rows):
+            similarity, rows = (chunk @ self.bank.T).topk(min(k, len(self.bank)), dim=1)
+            yield similarity, self.labels[rows]
+
+    def votes(self, similarity: Tensor, labels: Tensor, temperature: float | None) -> Tensor:
+        """Class scores ``[n,C]`` of neighbours ``[n,k]``; minus infinity for classes nobody votes for.
+
+        A neighbour with similarity s weighs exp(s / temperature) (Wu et al., "Unsupervised Feature Learning via
+        Non-Parametric Instance Discrimination", CVPR 2018, section 3.4), or 1 without a temperature.
+        """
+        # s - 1 instead of s: the same order of classes, and no overflow at low temperatures.
+        weight = ((similarity - 1) / temperature).exp() if temperature else torch.ones_like(similarity)
+        scores = similarity.new_zeros(len(similarity), self.classes).scatter_add_(1, labels, weight)
+        return scores.masked_fill(scores == 0, -torch.inf)
+
+    def ranks(self, queries: Tensor, labels: Tensor, ks: tuple[int, ...], temperature: float | None) -> Tensor:
+        """:func:`label_ranks` of the queries for each k: int64 ``[N,len(ks)]``."""
+        ranks = []
+        for similarity, neighbours in self.search(queries, max(ks)):
+            scores = [self.votes(similarity[:, :k], neighbours[:, :k], temperature) for k in ks]
+            wanted = labels[sum(map(len, ranks)) :][: len(similarity)]
+            ranks.append(label_ranks(torch.stack(scores, dim=1), wanted))
+        return torch.cat(ranks)
+
+
+def ridge_head(features: Tensor, labels: Tensor, classes: int, strength: float = 1e-2) -> LinearHead:
+    """The linear classifier of least squared error on one-hot targets, in closed form.
+
+    Features are standardised, so ``strength`` (the ridge, per training row) means the same for every backbone.
+
+    Args:
+        features: ``[N,D]``.
+        labels: int64 ``[N]``.
+    """
+    scaling = FeatureScaling.fit("standardize", features)
+    inputs = scaling(features).double()
+    targets = F.one_hot(labels, classes).double()
+    bias = targets.mean(0)
+    gram = inputs.T @ inputs
+    gram.diagonal().add_(strength * len(inputs))
+    weight = torch.linalg.solve(gram, inputs.T @ (targets - bias))
+    return LinearHead(weight.T.float(), bias.float(), scaling)

@@ -1,0 +1,160 @@
+"""Frozen features of a split: one pass through the backbone, kept in a content-addressed cache."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import os
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from sslbench import comm
+from sslbench.data.loader import EvalLoader
+from sslbench.plugin.api import Backbone, Source
+
+logger = logging.getLogger(__name__)
+
+CACHE_VERSION = 1
+"""Part of every cache key. Bump it when the same inputs may give other features."""
+
+
+@dataclass(frozen=True)
+class Preprocessing:
+    """How an image becomes the backbone's input, without augmentation."""
+
+    size: int
+    center: float
+    mean: tuple[float, float, float]
+    std: tuple[float, float, float]
+    interpolation: Literal["bilinear", "bicubic"] = "bicubic"
+
+
+class IndexedFeatures:
+    """Features ``[N,D]`` (float32) of the samples ``indices`` ``[N]`` (int64, ascending)."""
+
+    def __init__(self, features: Tensor, indices: Tensor) -> None:
+        self.features = features
+        self.indices = indices
+
+
+def tensor_digest(tensor: Tensor) -> str:
+    """sha256 of a tensor's type, shape and bytes."""
+    flat = tensor.detach().cpu().contiguous().reshape(-1)
+    digest = hashlib.sha256(f"{tensor.dtype}{tuple(tensor.shape)}".encode())
+    digest.update(memoryview(flat.view(torch.uint8).numpy()))
+    return digest.hexdigest()
+
+
+def state_digests(module: torch.nn.Module) -> dict[str, str]:
+    """The digest of each parameter and buffer of a module."""
+    return {name: tensor_digest(value) for name, value in module.state_dict().items()}
+
+
+def json_digest(content: Any) -> str:
+    """sha256 of a value's canonical JSON."""
+    return hashlib.sha256(json.dumps(content, sort_keys=True, default=str).encode()).hexdigest()
+
+
+@torch.no_grad()
+def extract(
+    backbone: Backbone,
+    source: Source,
+    indices: Tensor,
+    preprocessing: Preprocessing,
+    *,
+    batch_size: int,
+    device: torch.device,
+    workers: int | None = 0,
+) -> IndexedFeatures:
+    """Pooled features of some samples, in fp32, each sample exactly once whatever the number of ranks.
+
+    Every rank must call it; each computes its share and all get the whole. The backbone is used as it is: the
+    caller puts it into eval mode.
+
+    Args:
+        indices: int64 ``[N]``, samples of ``source``.
+    """
+    loader = EvalLoader(
+        source,
+        indices,
+        **asdict(preprocessing),
+        batch_size=batch_size,
+        device=device,
+        workers=workers,
+        rank=comm.rank(),
+        world=comm.world(),
+    )
+    features = [torch.empty(0, backbone.dim, device=device)]
+    numbers = [torch.empty(0, dtype=torch.int64, device=device)]
+    with torch.autocast(device.type, enabled=False):
+        for images, batch_indices in loader:
+            features.append(backbone(images).pooled.float())
+            numbers.append(batch_indices.to(device))
+    found, order = comm.gather(torch.cat(numbers)).sort()
+    return IndexedFeatures(comm.gather(torch.cat(features))[order], found)
+
+
+class FeatureCache:
+    """A folder of feature files, each named by a digest of everything the features depend on.
+
+    Deleting files or the whole folder is always safe.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+
+    def path(self, key: Mapping[str, Any]) -> Path:
+        """Where the features of ``key`` are or would be."""
+        return self.folder / f"{json_digest({**key, 'version': CACHE_VERSION})}.pt"
+
+    def load(self, key: Mapping[str, Any]) -> IndexedFeatures | None:
+        """The features stored under ``key``; None if there are none or the file is damaged (which is logged)."""
+        path = self.path(key)
+        if not path.exists():
+            return None
+        try:
+            content = torch.load(path, map_location="cpu", weights_only=True)
+            if tensor_digest(content["features"]) != content["sha256"]:
+                raise ValueError("checksum mismatch")
+            return IndexedFeatures(content["features"], content["indices"])
+        # A damaged archive makes torch raise nearly anything, from EOFError to UnpicklingError.
+        except Exception as error:  # noqa: BLE001
+            logger.warning("the feature cache file %s is damaged (%s); computing its features again", path, error)
+            return None
+
+    def store(self, key: Mapping[str, Any], table: IndexedFeatures) -> None:
+        """Write the features so that readers see the whole file or none. A full disk is logged, not raised."""
+        path = self.path(key)
+        features = table.features.cpu()
+        content = {
+            "features": features,
+            "indices": table.indices.cpu(),
+            "sha256": tensor_digest(features),
+            "key": json.dumps(key, default=str),
+        }
+        try:
+            save_atomically(content, path)
+        except OSError as error:
+            logger.warning("features were not cached in %s: %s", self.folder, error)
+        else:
+            logger.info("cached %.1f MB of features in %s", path.stat().st_size / 1e6, self.folder)
+
+
+def save_atomically(content: Any, path: Path) -> None:
+    """``torch.save`` that leaves the old file or the whole new one, never a part."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
+    try:
+        with partial.open("wb") as file:
+            torch.save(content, file)
+            file.flush()
+            os.fsync(file.fileno())
+        partial.replace(path)
+    finally:
+        partial.unlink(missing_ok=True)
