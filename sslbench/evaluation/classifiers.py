@@ -110,7 +110,7 @@ class Neighbours:
 
     def search(self, queries: Tensor, k: int) -> Iterator[tuple[Tensor, Tensor]]:
         """The k most similar rows, best first, in chunks of queries: similarities and labels ``[n,k]``."""
-        for chunk in F.normalize(queries, dim=1).split(self.rows):
+        for chunk in torch.split(F.normalize(queries, dim=1), self.rows):
             similarity, rows = (chunk @ self.bank.T).topk(min(k, len(self.bank)), dim=1)
             yield similarity, self.labels[rows]
 
@@ -127,10 +127,10 @@ class Neighbours:
 
     def ranks(self, queries: Tensor, labels: Tensor, ks: tuple[int, ...], temperature: float | None) -> Tensor:
         """:func:`label_ranks` of the queries for each k: int64 ``[N,len(ks)]``."""
-        ranks = []
-        for similarity, neighbours in self.search(queries, max(ks)):
+        ranks: list[Tensor] = []
+        chunks = zip(self.search(queries, max(ks)), torch.split(labels, self.rows), strict=True)
+        for (similarity, neighbours), wanted in chunks:
             scores = [self.votes(similarity[:, :k], neighbours[:, :k], temperature) for k in ks]
-            wanted = labels[sum(map(len, ranks)) :][: len(similarity)]
             ranks.append(label_ranks(torch.stack(scores, dim=1), wanted))
         return torch.cat(ranks)
 

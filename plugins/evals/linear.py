@@ -1,0 +1,282 @@
+"""Linear classifier on frozen features, learning rate chosen on the validation split."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from pydantic import Field
+from torch import Tensor
+
+from sslbench import comm
+from sslbench.config.schema import OptimOptions
+from sslbench.engine.schedule import learning_rate
+from sslbench.errors import DivergedError
+from sslbench.evaluation.classifiers import FeatureScaling, LinearHead, Normalize, label_ranks, percent
+from sslbench.plugin.api import EvalOptions, EvalProtocol, FeatureTable, Job, ViewSpec
+from sslbench.plugin.hooks import hookimpl
+
+EpochBatches = Callable[[int], Iterator[tuple[Tensor, Tensor]]]
+"""From an epoch to its batches of scaled features ``[B,D]`` and labels ``[B]``, equal on all ranks."""
+
+CURVE_POINTS = 20
+AUGMENTED = ViewSpec(scale=(0.08, 1.0), flip=0.5)
+
+
+class LinearConfig(EvalOptions):
+    """Options of the linear protocol."""
+
+    lrs: tuple[float, ...] = Field((0.01, 0.03, 0.1, 0.3, 1.0, 3.0, 10.0, 30.0), min_length=1)
+    """Learning rates to choose from, each per `lr_per` images of the batch."""
+    lr_per: int | None = Field(256, ge=1)
+    """Linear scaling: effective lr = lr * train_batch / lr_per; unset: rates are used as they are."""
+    optimizer: Literal["sgd", "lars"] = "sgd"
+    """`lars`: weight and bias of each head are scaled by their trust ratios, as in the SCRL evaluation."""
+    momentum: float = Field(0.9, ge=0, lt=1)
+    nesterov: bool = False
+    weight_decay: float = Field(0.0, ge=0)
+    trust: float = Field(1e-3, gt=0)
+    """LARS trust coefficient."""
+    epochs: int = Field(100, ge=1)
+    train_batch: int = Field(256, ge=1)
+    """Images in a training batch of the classifiers, over all devices."""
+    warmup_epochs: float = Field(0.0, ge=0)
+    """Linear warm-up before the cosine decay to zero. The rate changes with every step."""
+    augment: Literal["none", "crop-flip"] = "none"
+    """`none`: features are computed once; `crop-flip`: every epoch sees new random resized crops (8 to 100 % of
+    the area) and flips, as published for ImageNet."""
+    normalize: Normalize = "standardize"
+    """What happens to features first: nothing, mean 0 and standard deviation 1, or unit length."""
+    refit: bool = True
+    """Train the head that is kept again with the chosen rate on `train` and `val` together."""
+
+
+class Heads:
+    """Linear classifiers that differ in their learning rate alone, trained side by side.
+
+    All heads see the same batches, so one matrix product serves the whole grid. They start from the same values,
+    uniform in +-1/sqrt(D) like ``nn.Linear``.
+
+    Args:
+        lrs: ``[G]`` effective learning rates.
+        dim: features D.
+        classes: classes C.
+    """
+
+    def __init__(self, cfg: LinearConfig, lrs: Tensor, dim: int, classes: int, generator: torch.Generator) -> None:
+        self.cfg = cfg
+        self.lrs = lrs
+        initial = (torch.rand(dim + 1, 1, classes, generator=generator) * 2 - 1) / math.sqrt(dim)
+        self.weight = initial.to(lrs.device).repeat(1, len(lrs), 1)
+        """``[D+1,G,C]``; the last row is the bias."""
+        self.velocity = torch.zeros_like(self.weight)
+
+    def logits(self, inputs: Tensor) -> Tensor:
+        """``[N,D]`` to ``[N,G,C]``."""
+        flat = torch.addmm(self.weight[-1].flatten(), inputs, self.weight[:-1].flatten(1))
+        return flat.view(len(inputs), *self.weight.shape[1:])
+
+    def step(self, inputs: Tensor, labels: Tensor, factor: float) -> Tensor:
+        """One step of momentum SGD on the mean cross-entropy at ``factor`` times each head's learning rate.
+
+        Args:
+            inputs: ``[B,D]``.
+            labels: int64 ``[B]``.
+
+        Returns:
+            ``[G]``, the losses before the step.
+        """
+        log_p = self.logits(inputs).log_softmax(-1)
+        loss = _cross_entropy(log_p, labels)
+        slope = log_p.exp()
+        slope[torch.arange(len(labels), device=labels.device), :, labels] -= 1
+        slope = slope.flatten(1) / len(labels)
+        gradient = torch.cat([inputs.T @ slope, slope.sum(0, keepdim=True)]).view_as(self.weight)
+        self._descend(gradient, factor)
+        return loss
+
+    def _descend(self, gradient: Tensor, factor: float) -> None:
+        update = gradient.add_(self.weight, alpha=self.cfg.weight_decay)
+        if self.cfg.optimizer == "lars":
+            update = self._adapted(update)
+        self.velocity.mul_(self.cfg.momentum).add_(update)
+        step = update + self.cfg.momentum * self.velocity if self.cfg.nesterov else self.velocity
+        self.weight -= factor * self.lrs[:, None] * step
+
+    def _adapted(self, update: Tensor) -> Tensor:
+        """Scale each head's weight and bias by trust * |w| / |g + wd * w| (1 where a norm is zero)."""
+
+        def ratio(weight: Tensor, change: Tensor) -> Tensor:
+            own, other = weight.norm(dim=(0, 2)), change.norm(dim=(0, 2))
+            scale = self.cfg.trust * own / other
+            return torch.where((own > 0) & (other > 0), scale, torch.ones_like(scale))[:, None]
+
+        parts = [(self.weight[:-1], update[:-1]), (self.weight[-1:], update[-1:])]
+        return torch.cat([change * ratio(weight, change) for weight, change in parts])
+
+
+@dataclass(frozen=True)
+class Score:
+    """How each of G heads does on a table."""
+
+    top1: Tensor
+    """float64 ``[G]``, percent."""
+    top5: Tensor
+    loss: Tensor
+    """float64 ``[G]``; infinite for a head that diverged."""
+
+    def best(self) -> int:
+        """The head of the highest top-1; of equals, the one of the lowest loss."""
+        order = [(-float(t), float(loss), g) for g, (t, loss) in enumerate(zip(self.top1, self.loss, strict=True))]
+        return min(order)[2]
+
+
+def _cross_entropy(log_p: Tensor, labels: Tensor) -> Tensor:
+    """Mean over rows of ``[N,G,C]`` log-probabilities: ``[G]``."""
+    wanted = labels[:, None, None].expand(-1, log_p.shape[1], 1)
+    return -log_p.gather(2, wanted).squeeze(2).mean(0)
+
+
+def score(heads: Heads, inputs: Tensor, labels: Tensor, chunk: int = 2048) -> Score:
+    """Evaluate all heads on ``[N,D]`` scaled features."""
+    ranks, losses = [], []
+    for rows, wanted in zip(torch.split(inputs, chunk), torch.split(labels, chunk), strict=True):
+        log_p = heads.logits(rows).log_softmax(-1)
+        ranks.append(label_ranks(log_p, wanted))
+        losses.append(_cross_entropy(log_p, wanted).double() * len(rows))
+    places = torch.cat(ranks)
+    loss = (torch.stack(losses).sum(0) / len(labels)).nan_to_num(nan=torch.inf)
+    alive = loss.isfinite()
+    return Score(percent(places < 1) * alive, percent(places < 5) * alive, loss)
+
+
+def train(
+    heads: Heads, epoch_batches: EpochBatches, steps_per_epoch: int, after_epoch: Callable[[int, Tensor], None]
+) -> None:
+    """Train for ``cfg.epochs`` epochs; ``after_epoch`` gets the epoch and the mean losses ``[G]``."""
+    cfg = heads.cfg
+    schedule = OptimOptions(schedule="cosine", warmup_epochs=cfg.warmup_epochs)
+    steps = cfg.epochs * steps_per_epoch
+    for epoch in range(cfg.epochs):
+        total = torch.zeros_like(heads.lrs)
+        for number, (inputs, labels) in enumerate(epoch_batches(epoch)):
+            step = epoch * steps_per_epoch + number
+            factor = learning_rate(schedule, peak=1.0, step=step, steps=steps, steps_per_epoch=steps_per_epoch)
+            total += heads.step(inputs, labels, factor)
+        after_epoch(epoch, total / steps_per_epoch)
+
+
+class Linear(EvalProtocol):
+    """The linear evaluation of a frozen backbone.
+
+    A grid of classifiers with different learning rates is trained on ``train``; the best on ``val`` is chosen.
+    With ``refit`` the head that is kept (``head.pt``, for protocol ``test``) is trained again on both. Every rank
+    trains the same heads on the gathered features.
+    """
+
+    name = "linear"
+    version = 1
+    Config = LinearConfig
+    metrics = {  # noqa: RUF012
+        "val_top1": "max",
+        "val_top5": "max",
+        "val_loss": "min",
+        "train_top1": "max",
+        "lr": "max",
+    }
+    primary = "val_top1"
+    splits = frozenset({"train", "val", "trainval"})
+
+    cfg: LinearConfig
+
+    def run(self, job: Job) -> dict[str, float]:
+        """Choose a learning rate, save the head, return how the chosen one did on ``val``."""
+        train_table, val = job.features("train"), job.features("val")
+        scaling = FeatureScaling.fit(self.cfg.normalize, train_table.features)
+        val_inputs = scaling(val.features)
+
+        def log_curves(epoch: int, losses: Tensor, heads: Heads) -> None:
+            if (epoch + 1) % math.ceil(self.cfg.epochs / CURVE_POINTS) and epoch + 1 < self.cfg.epochs:
+                return
+            now = score(heads, val_inputs, val.labels)
+            g = now.best()
+            point = {"val_top1": now.top1[g], "val_loss": now.loss[g], "train_loss": losses[g]}
+            job.log(epoch + 1, {key: float(value) for key, value in point.items()} | {"lr": self.cfg.lrs[g]})
+
+        heads = self._fit(job, "train", train_table, scaling, self.cfg.lrs, log_curves)
+        found = score(heads, val_inputs, val.labels)
+        g = found.best()
+        if not math.isfinite(found.loss[g]):
+            raise DivergedError("every learning rate of protocol 'linear' diverged", hint="lower evals.linear.lrs")
+        lr = self.cfg.lrs[g]
+        self._save(job, heads, g, scaling)
+        return {
+            "val_top1": float(found.top1[g]),
+            "val_top5": float(found.top5[g]),
+            "val_loss": float(found.loss[g]),
+            "train_top1": float(score(heads, scaling(train_table.features), train_table.labels).top1[g]),
+            "lr": lr,
+        }
+
+    def _save(self, job: Job, heads: Heads, g: int, scaling: FeatureScaling) -> None:
+        lr = self.cfg.lrs[g]
+        if self.cfg.refit:
+            table = job.features("trainval")
+            scaling = FeatureScaling.fit(self.cfg.normalize, table.features)
+            heads, g = self._fit(job, "trainval", table, scaling, (lr,), lambda *_: None), 0
+        weight = heads.weight[:, g].T
+        head = LinearHead(weight[:, :-1].contiguous(), weight[:, -1].contiguous(), scaling)
+        origin = {"classes": list(job.classes), "lr": lr, "trained_on": "trainval" if self.cfg.refit else "train"}
+        job.save("head.pt", {**head.state(), **origin})
+
+    def _fit(
+        self,
+        job: Job,
+        split: str,
+        table: FeatureTable,
+        scaling: FeatureScaling,
+        lrs: tuple[float, ...],
+        after_epoch: Callable[[int, Tensor, Heads], None],
+    ) -> Heads:
+        batch = min(self.cfg.train_batch, len(table.labels))
+        scale = batch / self.cfg.lr_per if self.cfg.lr_per else 1.0
+        effective = torch.tensor(lrs, device=job.device) * scale
+        heads = Heads(self.cfg, effective, table.features.shape[1], len(job.classes), job.generator("init"))
+        if self.cfg.augment == "none":
+            batches, steps = _resident_batches(job, table, scaling, batch), math.ceil(len(table.labels) / batch)
+        else:
+            batches, steps = _streamed_batches(job, split, scaling, batch), len(table.labels) // batch
+        train(heads, batches, steps, lambda epoch, losses: after_epoch(epoch, losses, heads))
+        return heads
+
+
+def _resident_batches(job: Job, table: FeatureTable, scaling: FeatureScaling, batch: int) -> EpochBatches:
+    """Shuffled batches of the cached features; the last one may be smaller."""
+    inputs = scaling(table.features)
+
+    def epoch_batches(epoch: int) -> Iterator[tuple[Tensor, Tensor]]:
+        order = torch.randperm(len(inputs), generator=job.generator(f"order/{epoch}")).to(inputs.device)
+        for rows in torch.split(order, batch):
+            yield inputs[rows], table.labels[rows]
+
+    return epoch_batches
+
+
+def _streamed_batches(job: Job, split: str, scaling: FeatureScaling, batch: int) -> EpochBatches:
+    """Features of augmented images. Ranks share the forward passes and then see the whole batch."""
+
+    def epoch_batches(epoch: int) -> Iterator[tuple[Tensor, Tensor]]:
+        for augmented, labels in job.batches(split, [AUGMENTED], batch, epoch):
+            with torch.no_grad():
+                features = job.backbone()(augmented.views[0].images).pooled.float()
+            yield scaling(comm.gather(features)), comm.gather(labels)
+
+    return epoch_batches
+
+
+@hookimpl
+def sslbench_evals() -> list[type[EvalProtocol]]:
+    return [Linear]

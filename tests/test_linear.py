@@ -1,0 +1,168 @@
+"""The linear protocol: the batched grid against torch.optim.SGD, selection, refit, chance level."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+
+import pytest
+import torch
+from evals_kit import CPU, make_backbone, make_dataset, make_job
+from sslbench_plugins.datasets.digits import Digits
+from sslbench_plugins.evals.linear import Heads, Linear, LinearConfig, Score, train
+from sslbench_plugins.evals.test import HeldOutOptions, HeldOutTest
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from sslbench.data.sources import ArraySource
+from sslbench.errors import DivergedError
+from sslbench.evaluation.job import run_protocol
+
+EPOCHS = 3
+BATCH = 64
+
+
+@pytest.fixture(scope="module")
+def table() -> tuple[Tensor, Tensor]:
+    features = make_job(Linear(LinearConfig()), Path("unused")).features("train")
+    return F.normalize(features.features, dim=1), features.labels
+
+
+def batches_of(table: tuple[Tensor, Tensor], epoch: int) -> list[tuple[Tensor, Tensor]]:
+    order = torch.randperm(len(table[0]), generator=torch.Generator().manual_seed(epoch))
+    return [(table[0][rows], table[1][rows]) for rows in torch.split(order, BATCH)]
+
+
+def single_head(table: tuple[Tensor, Tensor], start: Tensor, lr: float, cfg: LinearConfig) -> Tensor:
+    """One classifier trained the ordinary way, with autograd and torch's optimiser."""
+    layer = nn.Linear(64, 10)
+    with torch.no_grad():
+        layer.weight.copy_(start[:-1].T)
+        layer.bias.copy_(start[-1])
+    optimizer = torch.optim.SGD(
+        layer.parameters(),
+        lr=lr,
+        momentum=cfg.momentum,
+        nesterov=cfg.nesterov,
+        weight_decay=cfg.weight_decay,
+    )
+    steps = math.ceil(len(table[0]) / BATCH)
+    for epoch in range(EPOCHS):
+        for number, (inputs, labels) in enumerate(batches_of(table, epoch)):
+            time = epoch + (number + 1) / steps
+            warmup = cfg.warmup_epochs
+            cosine = (1 + math.cos(math.pi * (time - warmup) / (EPOCHS - warmup))) / 2
+            optimizer.param_groups[0]["lr"] = lr * (time / warmup if time <= warmup else cosine)
+            optimizer.zero_grad()
+            F.cross_entropy(layer(inputs), labels).backward()
+            optimizer.step()
+    return torch.cat([layer.weight.detach().T, layer.bias.detach()[None]])
+
+
+@pytest.mark.parametrize("nesterov", [False, True])
+def test_the_grid_trains_each_head_as_torch_would_alone(table: tuple[Tensor, Tensor], nesterov: bool) -> None:
+    cfg = LinearConfig(epochs=EPOCHS, nesterov=nesterov, weight_decay=1e-3, warmup_epochs=1)
+    lrs = torch.tensor([0.01, 0.3, 3.0])
+    heads = Heads(cfg, lrs, 64, 10, torch.Generator().manual_seed(0))
+    start = heads.weight[:, 0].clone()
+    steps = math.ceil(len(table[0]) / BATCH)
+    train(heads, lambda epoch: iter(batches_of(table, epoch)), steps, lambda *_: None)
+    for g, lr in enumerate(lrs.tolist()):
+        torch.testing.assert_close(heads.weight[:, g], single_head(table, start, lr, cfg), rtol=1e-5, atol=1e-5)
+
+
+def test_lars_scales_weight_and_bias_of_each_head_by_their_own_norms() -> None:
+    cfg = LinearConfig(optimizer="lars", weight_decay=0.1, trust=1e-3)
+    heads = Heads(cfg, torch.tensor([2.0, 4.0]), 4, 3, torch.Generator().manual_seed(3))
+    before = heads.weight.clone()
+    inputs, labels = torch.randn(8, 4, generator=torch.Generator().manual_seed(4)), torch.arange(8) % 3
+    heads.step(inputs, labels, factor=0.5)
+    for g, lr in enumerate((2.0, 4.0)):
+        layer = nn.Linear(4, 3)
+        with torch.no_grad():
+            layer.weight.copy_(before[:-1, g].T)
+            layer.bias.copy_(before[-1, g])
+        F.cross_entropy(layer(inputs), labels).backward()
+        for now, parameter in ((heads.weight[:-1, g].T, layer.weight), (heads.weight[-1, g], layer.bias)):
+            assert parameter.grad is not None
+            change = parameter.grad + 0.1 * parameter
+            expected = parameter - 0.5 * lr * 1e-3 * parameter.norm() / change.norm() * change
+            torch.testing.assert_close(now, expected.detach(), rtol=1e-5, atol=1e-6)
+
+
+def test_the_best_head_is_the_most_accurate_and_of_equals_the_one_of_lowest_loss() -> None:
+    top5 = torch.full((4,), 100.0)
+    tied = Score(torch.tensor([50.0, 80.0, 80.0, 70.0]), top5, torch.tensor([0.1, 0.9, 0.7, 0.2]))
+    assert tied.best() == 2
+
+
+def test_random_features_are_far_above_chance_and_a_diverging_rate_is_not_chosen(tmp_path: Path) -> None:
+    protocol = Linear(LinearConfig(epochs=20, lrs=(0.1, 1e30)))
+    job = make_job(protocol, tmp_path)
+    metrics = run_protocol(protocol, job)
+    assert metrics["val_top1"] > 80
+    assert metrics["val_top1"] <= metrics["val_top5"] <= 100
+    assert metrics["lr"] == 0.1
+
+
+def test_only_diverging_rates_are_an_error(tmp_path: Path) -> None:
+    protocol = Linear(LinearConfig(epochs=2, lrs=(3e38,)))
+    with pytest.raises(DivergedError, match="every learning rate"):
+        run_protocol(protocol, make_job(protocol, tmp_path))
+
+
+class ShuffledDigits(Digits):
+    """Digits whose labels have nothing to do with the images."""
+
+    def split(self, name: str) -> ArraySource:
+        source = super().split(name)
+        labels = source.targets
+        assert labels is not None
+        order = torch.randperm(len(labels), generator=torch.Generator().manual_seed(11))
+        return ArraySource(source.pixels(), labels[order])
+
+
+def test_shuffled_labels_are_at_chance(tmp_path: Path) -> None:
+    dataset = ShuffledDigits(Digits.Config())
+    linear, final = Linear(LinearConfig(epochs=10)), HeldOutTest(HeldOutOptions())
+    run_protocol(linear, make_job(linear, tmp_path, dataset=dataset))
+    metrics = run_protocol(final, make_job(final, tmp_path, dataset=dataset))
+    # 359 test images: chance is 10 % with a standard deviation of 1.6 points.
+    assert metrics["top1"] == pytest.approx(10, abs=6.5)
+    assert metrics["knn_top1"] == pytest.approx(10, abs=6.5)
+
+
+def test_the_same_seed_gives_the_same_head_and_curves(tmp_path: Path) -> None:
+    runs = []
+    for name in ("a", "b"):
+        points: list[tuple[int, dict[str, float]]] = []
+        protocol = Linear(LinearConfig(epochs=4))
+        job = make_job(protocol, tmp_path / name, log=lambda step, m, out=points: out.append((step, dict(m))))
+        metrics = run_protocol(protocol, job)
+        runs.append((metrics, points, torch.load(job.out_dir / "head.pt", weights_only=True)["weight"]))
+    assert runs[0][:2] == runs[1][:2]
+    assert torch.equal(runs[0][2], runs[1][2])
+    assert [step for step, _ in runs[0][1]] == [1, 2, 3, 4]
+
+
+def test_refit_uses_the_validation_images_for_the_saved_head(tmp_path: Path) -> None:
+    heads = {}
+    for refit in (True, False):
+        protocol = Linear(LinearConfig(epochs=3, refit=refit))
+        job = make_job(protocol, tmp_path / str(refit))
+        run_protocol(protocol, job)
+        heads[refit] = torch.load(job.out_dir / "head.pt", weights_only=True)
+    assert heads[True]["trained_on"] == "trainval"
+    assert heads[True]["lr"] == heads[False]["lr"]
+    assert not torch.equal(heads[True]["mean"], heads[False]["mean"])
+    assert heads[True]["classes"] == [str(digit) for digit in range(10)]
+
+
+def test_augmented_training_streams_new_crops_every_epoch(tmp_path: Path) -> None:
+    protocol = Linear(LinearConfig(epochs=3, augment="crop-flip", refit=False, lrs=(0.3,)))
+    job = make_job(protocol, tmp_path, backbone=make_backbone(), dataset=make_dataset(), device=CPU)
+    metrics = run_protocol(protocol, job)
+    plain = Linear(LinearConfig(epochs=3, refit=False, lrs=(0.3,)))
+    unaugmented = run_protocol(plain, make_job(plain, tmp_path / "plain"))
+    # Mirrored digits are another problem: above chance, and harder than the plain images.
+    assert 20 < metrics["val_top1"] < unaugmented["val_top1"]
