@@ -67,8 +67,8 @@ class FolderSource(Source):
         probe = self.paths[:: max(1, len(self) // 64)]
         if len(set(threaded(image_size, probe))) > 1:  # spares a scan of a million headers
             return None
-        sizes = self._sizes[self._sizes[:, 0] > 0].unique().tolist()
-        return sizes[0] if len(sizes) == 1 else None
+        sides = set(self._sizes[self._sizes[:, 0] > 0].flatten().tolist())
+        return sides.pop() if len(sides) == 1 else None
 
     def describe(self, index: int) -> str:
         return str(self.paths[index])

@@ -105,13 +105,28 @@ def digest_files(root: Path, paths: Sequence[Path]) -> str:
     """
     sizes = list(threaded(lambda path: path.stat().st_size, paths))
     sampled = len(paths) > _MANY_FILES or sum(sizes) > _MANY_BYTES
-    contents = threaded(lambda path: _digest_file(path, _SAMPLED_BYTES if sampled else -1), paths)
+    return _digest(root, paths, _digest_start if sampled else _digest_file)
+
+
+def digest_whole(root: Path, paths: Sequence[Path]) -> str:
+    """Hex digest of names relative to ``root`` and whole contents, for a few large files."""
+    return _digest(root, paths, _digest_file)
+
+
+def _digest(root: Path, paths: Sequence[Path], content: Callable[[Path], bytes]) -> str:
     state = hashlib.blake2b(digest_size=16)
-    for path, size, content in zip(paths, sizes, contents, strict=True):
-        state.update(f"{path.relative_to(root).as_posix()}\0{size}\0".encode() + content)
+    for path, part in zip(paths, threaded(content, paths), strict=True):
+        state.update(f"{path.relative_to(root).as_posix()}\0".encode() + part)
     return state.hexdigest()
 
 
-def _digest_file(path: Path, limit: int) -> bytes:
+def _digest_file(path: Path) -> bytes:
     with path.open("rb") as file:
-        return hashlib.blake2b(file.read(limit), digest_size=16).digest()
+        return hashlib.file_digest(file, "blake2b").digest()
+
+
+def _digest_start(path: Path) -> bytes:
+    """Of a file's size and its first 64 KiB."""
+    with path.open("rb") as file:
+        size = os.fstat(file.fileno()).st_size
+        return hashlib.blake2b(file.read(_SAMPLED_BYTES) + str(size).encode()).digest()

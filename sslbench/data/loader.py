@@ -72,6 +72,10 @@ class TrainLoader:
         self.wait_seconds = 0.0
         """Time spent on producing batches or waiting for them."""
         self._samples = torch.arange(len(source)) if indices is None else indices
+        self.num_images = len(self._samples)
+        """Training images over all ranks."""
+        self.steps_per_epoch = self.num_images // global_batch
+        """Full global batches in an epoch."""
         self._workers = default_workers() if workers is None else workers
         self._targets = source.targets if labels else None
         self._global_batch = global_batch
@@ -95,16 +99,6 @@ class TrainLoader:
                 "this method learns from labels, and the training split has none",
                 hint="choose a labelled data set (sslbench list datasets)",
             )
-
-    @property
-    def num_images(self) -> int:
-        """Training images over all ranks."""
-        return len(self._samples)
-
-    @property
-    def steps_per_epoch(self) -> int:
-        """Full global batches in an epoch."""
-        return self.num_images // self._global_batch
 
     def epoch_of(self, step: int) -> int:
         """Zero-based epoch of a zero-based step."""
@@ -150,7 +144,8 @@ class TrainLoader:
             sizes = torch.tensor(store.image_size).expand(len(samples), 2)
             geometry = self.views.geometry(draws, sizes)
             crops = self.views.crop(store.take(samples), geometry)
-            yield self._batch(self.views.finish(crops, geometry, draws, sizes), store.shown(samples), draws)
+            views = self.views.finish(crops, geometry, draws, sizes)
+            yield self._batch(views, store.shown(samples), draws)
 
     def _decoded(self, chunks: Iterator[Chunk], steps: range) -> Iterator[Batch]:
         decoder = Decoder(self.source, self.views, self.seed)
