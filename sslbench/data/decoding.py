@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from sslbench.data.imagefile import cores
-from sslbench.data.store import next_number, read_or_reason
+from sslbench.data.store import next_sample, read_or_reason
 from sslbench.data.views import Geometry, ViewExecutor
 from sslbench.plugin.api import Source
 from sslbench.rng import Draws
@@ -57,12 +57,14 @@ class Decoder(Dataset[Decoded]):
 
     Args:
         source: the images.
+        samples: int64 ``[M]``, those in use; unreadable ones are replaced by others of them.
         views: supplies the geometry; only its CPU side is used.
         seed: the run's seed.
     """
 
-    def __init__(self, source: Source, views: ViewExecutor, seed: int) -> None:
+    def __init__(self, source: Source, samples: Tensor, views: ViewExecutor, seed: int) -> None:
         self.source = source
+        self.samples = samples.sort().values
         self.seed = seed
         # A copy on the CPU, so that no worker touches an accelerator.
         self.views = ViewExecutor(views.specs, size=1, mean=(0.0,) * 3, std=(1.0,) * 3, device=torch.device("cpu"))
@@ -85,7 +87,7 @@ class Decoder(Dataset[Decoded]):
         image = read_or_reason(self.source, number)
         while isinstance(image, str):
             unreadable[number] = image
-            number = next_number(number, len(self.source), set(unreadable))
+            number = next_sample(number, self.samples, unreadable)
             image = read_or_reason(self.source, number)
         return number, image
 

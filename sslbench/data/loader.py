@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from sslbench.data.decoding import Chunk, Decoded, Decoder, decode, default_workers
-from sslbench.data.store import ResidentStore, Store
+from sslbench.data.store import ResidentStore, Store, next_sample
 from sslbench.data.views import ViewExecutor
 from sslbench.errors import ConfigError, DataError
 from sslbench.plugin.api import Batch, Source, View
@@ -139,16 +139,18 @@ class TrainLoader:
     def _resident(self, chunks: Iterator[Chunk], _steps: range) -> Iterator[Batch]:
         store = self.store
         assert isinstance(store, ResidentStore)
+        shown = _replacements(self._samples, set(store.unreadable.reasons), len(self.source))
         for step, positions, samples, _ in chunks:
+            samples = samples if shown is None else shown[samples]
             draws = Draws(self.seed, step, positions)
             sizes = torch.tensor(store.image_size).expand(len(samples), 2)
             geometry = self.views.geometry(draws, sizes)
             crops = self.views.crop(store.take(samples), geometry)
             views = self.views.finish(crops, geometry, draws, sizes)
-            yield self._batch(views, store.shown(samples), draws)
+            yield self._batch(views, samples, draws)
 
     def _decoded(self, chunks: Iterator[Chunk], steps: range) -> Iterator[Batch]:
-        decoder = Decoder(self.source, self.views, self.seed)
+        decoder = Decoder(self.source, self._samples, self.views, self.seed)
         positions = torch.arange(self._rows.start, self._rows.stop)
         for step, decoded in zip(steps, decode(decoder, chunks, self._workers), strict=True):
             self.store.unreadable.add(decoded.unreadable)
@@ -159,6 +161,16 @@ class TrainLoader:
     def _batch(self, views: tuple[View, ...], index: Tensor, draws: Draws) -> Batch:
         labels = None if self._targets is None else self._targets[index].to(self.device)
         return Batch(views=views, index=index.to(self.device), draws=draws, labels=labels)
+
+
+def _replacements(samples: Tensor, unreadable: set[int], total: int) -> Tensor | None:
+    """int64 ``[total]``: the sample each sample's slot shows; None if all are readable."""
+    if not unreadable:
+        return None
+    shown, ordered = torch.arange(total), samples.sort().values
+    for number in unreadable & set(samples.tolist()):
+        shown[number] = next_sample(number, ordered, unreadable)
+    return shown
 
 
 def finish_decoded(views: ViewExecutor, decoded: Decoded, draws: Draws, device: torch.device) -> tuple[View, ...]:
@@ -240,7 +252,7 @@ class EvalLoader:
         return self.views.finish(crops, geometry, draws, sizes)[0].images, part.to(self.device)
 
     def _decoded(self, parts: Sequence[Tensor]) -> Iterator[tuple[Tensor, Tensor]]:
-        decoder = Decoder(self.source, self.views, seed=0)
+        decoder = Decoder(self.source, torch.cat(self._parts), self.views, seed=0)
         chunks = (Chunk(0, part, part) for part in parts)
         for part, decoded in zip(parts, decode(decoder, chunks, self._workers), strict=True):
             if decoded.unreadable:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field
 from typing import Protocol
 
@@ -25,7 +25,7 @@ _NAMED = 10
 class Unreadable:
     """The images that could not be read. Each is named in the log once.
 
-    A slot whose image cannot be read shows the next readable image of the data set, with that image's number and
+    A slot whose image cannot be read shows the next readable one of the samples in use, with that one's number and
     label, in every epoch: the batch keeps its size and no image is paired with another one's label.
     """
 
@@ -33,7 +33,8 @@ class Unreadable:
     limit: int
     """How many are tolerated (``data.max_unreadable``)."""
     log: Log
-    numbers: set[int] = field(default_factory=set)
+    reasons: dict[int, str] = field(default_factory=dict)
+    """By number of the sample."""
 
     def add(self, found: Mapping[int, str]) -> None:
         """Note images by number, with the reason.
@@ -41,13 +42,13 @@ class Unreadable:
         Raises:
             DataError: more images than the limit are unreadable.
         """
-        new = {index: reason for index, reason in found.items() if index not in self.numbers}
-        self.numbers.update(new)
-        if new and len(self.numbers) > self.limit:
-            reasons = "\n  ".join(list(new.values())[:_NAMED])
+        new = {index: reason for index, reason in found.items() if index not in self.reasons}
+        self.reasons.update(new)
+        if new and len(self.reasons) > self.limit:
+            named = "\n  ".join(list(self.reasons.values())[:_NAMED])
             raise DataError(
-                f"{len(self.numbers)} unreadable image(s), {self.limit} allowed:\n  {reasons}",
-                hint=f"repair or remove the files, or skip some: data.max_unreadable={2 * len(self.numbers)}",
+                f"{len(self.reasons)} unreadable image(s), {self.limit} allowed:\n  {named}",
+                hint=f"repair or remove the files, or skip some: data.max_unreadable={2 * len(self.reasons)}",
             )
         for reason in new.values():
             self.log(f"skipping an unreadable image: {reason}")
@@ -72,23 +73,18 @@ class ResidentStore:
     Args:
         pixels: uint8 ``[N,3,H,W]`` on the training device, or on the host.
         device: the training device.
-        unreadable: the images whose slots hold other images' pixels.
+        unreadable: the images whose pixels are missing.
     """
 
     def __init__(self, pixels: Tensor, device: torch.device, unreadable: Unreadable) -> None:
         self.pixels = pixels
         self.device = device
         self.unreadable = unreadable
-        self._shown = _next_readable(len(pixels), unreadable.numbers)
 
     @property
     def image_size(self) -> tuple[int, int]:
         """Height and width of every image."""
         return self.pixels.shape[2], self.pixels.shape[3]
-
-    def shown(self, index: Tensor) -> Tensor:
-        """The images behind the slots ``index`` (int64 ``[B]``): their own, or the next readable ones."""
-        return index if self._shown is None else self._shown[index]
 
     def take(self, index: Tensor) -> Tensor:
         """uint8 ``[B,3,H,W]`` on the training device; ``index`` is int64 ``[B]`` on the CPU."""
@@ -97,21 +93,14 @@ class ResidentStore:
         return self.pixels[index].pin_memory().to(self.device, non_blocking=True)
 
 
-def _next_readable(total: int, unreadable: set[int]) -> Tensor | None:
-    if not unreadable:
-        return None
-    shown = torch.arange(total)
-    for index in sorted(unreadable, reverse=True):
-        shown[index] = next_number(index, total, unreadable)
-    return shown
-
-
-def next_number(index: int, total: int, unreadable: set[int]) -> int:
-    """The first number after ``index``, cyclically, that is not in ``unreadable``."""
-    for step in range(1, total):
-        if (index + step) % total not in unreadable:
-            return (index + step) % total
-    raise DataError("no image of the data set can be read")
+def next_sample(number: int, samples: Tensor, unreadable: Collection[int]) -> int:
+    """The readable sample that follows ``number``, cyclically, in ``samples`` (sorted int64 ``[M]``)."""
+    start = int(torch.searchsorted(samples, number))
+    for step in range(1, len(samples)):
+        following = int(samples[(start + step) % len(samples)])
+        if following not in unreadable:
+            return following
+    raise DataError("none of the images can be read", hint="repair or remove the files")
 
 
 def open_store(source: Source, options: DataOptions, device: torch.device, log: Log) -> Store:
@@ -205,8 +194,7 @@ def _decode_all(source: Source, unreadable: Unreadable) -> Tensor:
             told = time.monotonic()
             unreadable.log(f"decoded {index + 1} of {len(source)} images")
     unreadable.add(reasons)
-    shown = _next_readable(len(source), unreadable.numbers)
-    return pixels if shown is None else pixels[shown]
+    return pixels
 
 
 def read_or_reason(source: Source, index: int) -> Tensor | str:
