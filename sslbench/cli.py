@@ -108,6 +108,9 @@ def pretrain(
         str | None, typer.Option(help="Continue a run exactly: its name, id, directory, or 'last'.")
     ] = None,
     init_from: Annotated[str | None, typer.Option(help="Start from the backbone weights of another run.")] = None,
+    seeds: Annotated[
+        str | None, typer.Option(help="Run once per seed, such as 1,2,3; compare then shows mean and spread.")
+    ] = None,
     limit: Limit = None,
     no_evals: Annotated[bool, typer.Option("--no-evals", help="Skip the evaluations after training.")] = False,
     dry_run: DryRun = False,
@@ -119,11 +122,16 @@ def pretrain(
     extra: list[str] = [f"{kind}.name={name}" for kind, name in chosen.items() if name]
     extra += [f"train.limit={limit}"] if limit else []
     extra += ["run.evals=[]"] if no_evals else []
-    composed, resumed = _compose_pretrain(session, recipe, config, [*extra, *(overrides or [])], resume)
+    items = [*extra, *(overrides or [])]
+    runs = [
+        _compose_pretrain(session, recipe, config, [*items, *seed], resume)
+        for seed in _seed_options(seeds, resume)
+    ]
     if dry_run:
         from sslbench.report.show import print_plan
 
-        print_plan(composed, as_json)
+        for composed, _ in runs:
+            print_plan(composed, as_json)
         return
     _prepare_environment()
     from sslbench.engine.console import Console
@@ -131,12 +139,15 @@ def pretrain(
     from sslbench.report.show import print_outcome
 
     initial = _run_directory(session, init_from) if init_from else None
-    outcome = run_pretraining(
-        composed, session.catalog, session.runs, Console(), resume=resumed, init_from=initial
-    )
-    print_outcome(outcome, as_json)
-    if outcome.failed:
-        raise typer.Exit(outcome.exit_code)
+    exit_code = 0
+    for composed, resumed in runs:
+        outcome = run_pretraining(
+            composed, session.catalog, session.runs, Console(), resume=resumed, init_from=initial
+        )
+        print_outcome(outcome, as_json)
+        exit_code = exit_code or outcome.exit_code
+    if exit_code:
+        raise typer.Exit(exit_code)
 
 
 @app.command("eval")
@@ -285,6 +296,18 @@ def _compose_pretrain(
     layers += [read_config_file(file)] if file else []
     layers.append(Layer("command line", parse_overrides(items)))
     return compose(session.catalog, session.registry(), recipe=recipe, layers=layers), resumed
+
+
+def _seed_options(seeds: str | None, resume: str | None) -> list[list[str]]:
+    """One list of overrides per run."""
+    if seeds is None:
+        return [[]]
+    if resume is not None:
+        raise ConfigError("--seeds starts new runs and --resume continues one", hint="drop one of the two")
+    values = [value.strip() for value in seeds.split(",")]
+    if not all(value.isdigit() for value in values) or len(set(values)) < len(values):
+        raise ConfigError(f"--seeds {seeds}: not a list of different numbers", hint="--seeds 1,2,3")
+    return [[f"run.seed={value}"] for value in values]
 
 
 def _run_directory(session: Session, reference: str) -> Path:

@@ -247,7 +247,7 @@ class Loop:
         if not isinstance(loss, Tensor) or loss.dim() != 0 or loss.dtype != torch.float32:
             shown = f"{loss.dtype} {tuple(loss.shape)}" if isinstance(loss, Tensor) else repr(loss)
             raise PluginError(f"method '{self.method.name}' must return {{'loss': a float32 scalar}}, got {shown}")
-        self._check_finite(self.plan.start_step + 1, {"train/loss": float(loss)})
+        self._check_finite(self.plan.start_step + 1, {"train/loss": float(loss.detach())})
 
     def _check_gradients(self) -> None:
         """A trainable parameter without a gradient would silently stop averaging between ranks."""
