@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import signal
 import time
-import traceback
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import FrameType
-from typing import Any, Literal
+from typing import Any
 
 import pluggy
 import torch
@@ -29,8 +28,6 @@ from sslbench.errors import CheckpointError, ConfigError, ExitCode, PreemptedErr
 from sslbench.evaluation.probes import OnlineProbes, collapse_warning
 from sslbench.plugin.catalog import Catalog
 from sslbench.tracking import Tracker
-
-Status = Literal["FINISHED", "FAILED", "KILLED"]
 
 
 @dataclass
@@ -239,6 +236,8 @@ def _train(
         observer.save(0, Meter().state())
         return 0
     meter = _restore(parts, optimizer, resume, console) if resume else None
+    if resume:
+        tracker.rewind(parts.plan.start_step)
     if parts.plan.start_step >= parts.plan.stop_step:
         console.info(f"The run has all its {parts.plan.start_step} steps already.")
         return parts.plan.start_step
@@ -347,36 +346,6 @@ def _default_name(composed: Composed, parts: Parts) -> str:
     stamp = time.strftime("%Y%m%d-%H%M%S")
     words = (composed.method.name, parts.dataset.key, composed.backbone.name, f"s{composed.core.run.seed}", stamp)
     return "-".join(words).replace("/", "_").replace(":", "_")
-
-
-@contextmanager
-def _closing(tracker: Tracker, console: Console) -> Iterator[StopSignal]:
-    """Listen for signals and give the run its final status, whatever happens inside."""
-    stop = StopSignal()
-    status: Status = "FAILED"
-    details: dict[str, Any] | None = None
-    try:
-        with stop.listening():
-            yield stop
-        status = "FINISHED"
-    except (PreemptedError, KeyboardInterrupt) as error:
-        status, details = "KILLED", _error_record(error)
-        raise
-    except BaseException as error:
-        details = _error_record(error)
-        raise
-    finally:
-        tracker.finish(status, details)
-
-
-def _error_record(error: BaseException) -> dict[str, Any]:
-    return {
-        "type": type(error).__name__,
-        "message": str(error),
-        "hint": getattr(error, "hint", None),
-        "exit_code": int(getattr(error, "exit_code", ExitCode.UNEXPECTED)),
-        "traceback": traceback.format_exception(error),
-    }
 
 
 def _evaluate(composed: Composed, catalog: Catalog, parts: Parts, outcome: Outcome, console: Console) -> None:
