@@ -3,6 +3,15 @@
 from sslbench.tracking.push import SyncReport, run_directories, sync
 from sslbench.tracking.record import ParentRef, RunRecord
 from sslbench.tracking.store import resolve_tracking_uri
-from sslbench.tracking.tracker import Tracker
+from sslbench.tracking.tracker import Tracker, headline
 
-__all__ = ["ParentRef", "RunRecord", "SyncReport", "Tracker", "resolve_tracking_uri", "run_directories", "sync"]
+__all__ = [
+    "ParentRef",
+    "RunRecord",
+    "SyncReport",
+    "Tracker",
+    "headline",
+    "resolve_tracking_uri",
+    "run_directories",
+    "sync",
+]

@@ -43,7 +43,7 @@ def _results(run_dir: Path) -> str:
 
 def _next_steps(record: RunRecord, run_dir: Path) -> str:
     folder = shlex.quote(str(run_dir))
-    lines = [f"sslbench eval linear --run {folder}"]
+    lines = [f"sslbench eval PROTOCOL {folder}", f"sslbench compare {folder}"]
     if record.kind == "pretrain" and record.status != "FINISHED":
         lines.insert(0, f"sslbench pretrain --resume {folder}")
     return "**Go on with**\n\n```\n" + "\n".join(lines) + "\n```"

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from sslbench.tracking.push import Push
 from sslbench.tracking.record import Log
-from sslbench.tracking.store import RejectedError, Store, StoreError
+from sslbench.tracking.store import RejectedError, Store, StoreError, connect
 
 #: Seconds between two passes: metrics of several log calls go in one request.
 _INTERVAL_S = 1.0
@@ -26,13 +26,12 @@ class Sender:
         self._news = threading.Event()
         self._stopping = threading.Event()
         self._done = False
-        self._reported: str | None = None
+        self._reported = False
         self._thread = threading.Thread(target=self._work, name="sslbench-sender", daemon=True)
         self._thread.start()
 
     def wake(self) -> None:
         """There is something to send."""
-        self._done = False
         self._news.set()
 
     def idle(self) -> bool:
@@ -50,8 +49,9 @@ class Sender:
         while True:
             self._news.wait()
             last_pass = self._stopping.is_set()
+            self._done = False
             self._news.clear()
-            sent = self._pass()
+            self._done = sent = self._pass()
             if last_pass:
                 return
             if sent:
@@ -63,22 +63,20 @@ class Sender:
                 self._news.set()
 
     def _pass(self) -> bool:
-        self._done = True  # wake() takes it back while we are sending
         try:
-            self._store = self._store or Store(self._uri)
+            self._store = self._store or connect(self._uri)
             push = Push(self._run_dir, self._store)
             push.everything()
         except (StoreError, RejectedError) as error:
-            self._done = False
-            self._say(str(error))
+            self._report(error)
             return False
         for refusal in push.report.refused:
             self._log(f"the MLflow store refused {refusal}")
-        self._reported = None
+        self._reported = False
         return True
 
-    def _say(self, error: str) -> None:
+    def _report(self, error: StoreError | RejectedError) -> None:
         """Report an outage once, not once per attempt."""
-        if self._reported is None:
-            self._log(f"MLflow store {self._uri} does not take data at the moment: {error}")
-        self._reported = error
+        if not self._reported and not getattr(error, "repeated", False):
+            self._log(f"MLflow store {self._uri} takes no data at the moment: {error}. Training goes on.")
+        self._reported = True

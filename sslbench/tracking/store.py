@@ -6,6 +6,7 @@ import logging
 import math
 import os
 import re
+import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
@@ -30,14 +31,16 @@ _KEY_LENGTH = 250
 _DIGEST_LENGTH = 36
 #: A dead server must cost seconds, not the several minutes of MLflow's own settings.
 _PATIENCE = {
-    "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "1",
+    "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "0",
     "MLFLOW_HTTP_REQUEST_TIMEOUT": "5",
-    "MLFLOW_HTTP_REQUEST_BACKOFF_FACTOR": "1",
 }
 
 
 class StoreError(Exception):
     """The store cannot be reached or does not answer. Trying again later may help."""
+
+    repeated = False
+    """Whether this is an outage that was met a moment ago."""
 
 
 class RejectedError(Exception):
@@ -78,11 +81,23 @@ def local_path(uri: str | None) -> Path | None:
     return Path(unquote(parts.path)) if parts.scheme in ("", "file") else None
 
 
-def first_line(error: BaseException) -> str:
-    """An exception as one line, without the parameters and links that database errors carry."""
+#: What drivers say in hundreds of characters.
+_REASONS = {
+    r"Connection refused|NewConnectionError": "connection refused",
+    r"ReadTimeout|ConnectTimeout|timed out": "no answer in time",
+    r"NameResolution|Name or service not known": "unknown host",
+    r"database is locked": "database is locked",
+    r"unable to open database file": "unable to open database file",
+    r"file is not a database": "file is not a database",
+    r"readonly database": "database is read-only",
+}
+
+
+def reason(error: BaseException) -> str:
+    """Why a request failed, in one short line."""
     text = re.sub(r"\s+", " ", str(error)).strip() or type(error).__name__
-    text = re.sub(r"\s*\[SQL:.*|\s*\(Background on this error.*", "", text)
-    return text if len(text) <= 300 else f"{text[:297]}..."
+    known = next((words for pattern, words in _REASONS.items() if re.search(pattern, text)), None)
+    return known or (text if len(text) <= 200 else f"{text[:197]}...")
 
 
 _TEMPORARY = {"INTERNAL_ERROR", "TEMPORARILY_UNAVAILABLE", "REQUEST_LIMIT_EXCEEDED", "DEADLINE_EXCEEDED"}
@@ -97,9 +112,9 @@ def _translated() -> Iterator[None]:
         yield
     except MlflowException as error:
         kind = StoreError if error.error_code in _TEMPORARY else RejectedError
-        raise kind(first_line(error)) from error
+        raise kind(reason(error)) from error
     except Exception as error:
-        raise StoreError(f"{type(error).__name__}: {first_line(error)}") from error
+        raise StoreError(reason(error)) from error
 
 
 def _connect(uri: str) -> MlflowClient:
@@ -111,6 +126,30 @@ def _connect(uri: str) -> MlflowClient:
     from mlflow import MlflowClient
 
     return MlflowClient(tracking_uri=uri)
+
+
+#: Seconds during which a store that failed to open is not tried again by this process.
+_OUTAGE_S = 30.0
+_outages: dict[str, tuple[float, str]] = {}
+
+
+def connect(uri: str) -> Store:
+    """Open a store. One that failed a moment ago fails at once: evaluations must not wait for it one by one.
+
+    Raises:
+        StoreError: it is out of reach.
+        RejectedError: it refuses us.
+    """
+    failed_at, words = _outages.get(uri, (-math.inf, ""))
+    if time.monotonic() - failed_at < _OUTAGE_S:
+        error = StoreError(words)
+        error.repeated = True
+        raise error
+    try:
+        return Store(uri)
+    except StoreError as error:
+        _outages[uri] = (time.monotonic(), str(error))
+        raise
 
 
 class Store:
@@ -129,7 +168,7 @@ class Store:
                 with _translated():
                     self._client.search_experiments(max_results=1)
         except OSError as error:
-            raise StoreError(f"{type(error).__name__}: {error}") from error
+            raise StoreError(str(error)) from error
         self.uri = uri
 
     def experiment(self, name: str, artifact_location: Path) -> str:

@@ -5,13 +5,16 @@ from __future__ import annotations
 import os
 import shlex
 import time
+import traceback
 import uuid
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal
 
 import yaml
 
+from sslbench.errors import ExitCode, PreemptedError
 from sslbench.tracking.environment import command_line, environment, git_commit, user_name
 from sslbench.tracking.journal import Journal
 from sslbench.tracking.push import JOURNAL, experiment_dir
@@ -26,7 +29,7 @@ from sslbench.tracking.record import (
     write_json,
 )
 from sslbench.tracking.sender import Sender
-from sslbench.tracking.store import RejectedError, Store, StoreError, resolve_tracking_uri
+from sslbench.tracking.store import RejectedError, Store, StoreError, connect, resolve_tracking_uri
 
 _FLUSH_LIMIT_S = 10.0
 
@@ -111,6 +114,11 @@ class Tracker:
         return self._record.run_id
 
     @property
+    def name(self) -> str:
+        """The run's name."""
+        return self._record.name
+
+    @property
     def synced(self) -> bool:
         """Whether the store has acknowledged everything so far."""
         return self._sender.idle()
@@ -128,20 +136,6 @@ class Tracker:
         """Write results of the whole run."""
         self._journal.append(self._journal.last_step(), metrics, headline=True)
         self._sender.wake()
-
-    @staticmethod
-    def headline(run_dir: Path, key: str, value: float, log: Log | None = None) -> None:
-        """Write a result on another run, such as an evaluation's on its pretrained model.
-
-        Args:
-            key: ``eval/<protocol>.v<n>/<dataset>/<metric>``
-        """
-        journal = Journal(run_dir / JOURNAL)
-        journal.append(journal.last_step(), {key: value}, headline=True)
-        record = RunRecord.load(run_dir)
-        sender = Sender(run_dir, record.tracking_uri, log or (lambda line: None), None)
-        sender.wake()
-        sender.stop(_FLUSH_LIMIT_S)
 
     def dataset(self, name: str, digest: str, context: str) -> None:
         """Record the identity of data the run reads; ``context`` is what for, such as ``train``."""
@@ -184,6 +178,17 @@ class Tracker:
                 f"Complete it with: sslbench sync {shlex.quote(str(self.run_dir))}"
             )
 
+    @contextmanager
+    def closing(self) -> Iterator[None]:
+        """Give the run its final status, whatever happens inside."""
+        try:
+            yield
+        except BaseException as error:
+            stopped = isinstance(error, KeyboardInterrupt | PreemptedError)
+            self.finish("KILLED" if stopped else "FAILED", _error_record(error))
+            raise
+        self.finish("FINISHED")
+
     def _save(self) -> None:
         self._record.save(self.run_dir)
         self._sender.wake()
@@ -192,10 +197,25 @@ class Tracker:
         return str(path.resolve().relative_to(self.run_dir.resolve()))
 
 
+def headline(run_dir: Path, metrics: Mapping[str, float], *, log: Log, step: int | None = None) -> None:
+    """Write results on a finished run, such as those of an evaluation on its pretrained model.
+
+    They reach the model's run and its newest LoggedModel, waiting up to 10 s for the store.
+
+    Args:
+        metrics: ``eval/<protocol>.v<n>/<dataset>/<metric>`` -> value
+        step: step of the checkpoint that was evaluated; unset: the last one of the run.
+    """
+    journal = Journal(run_dir / JOURNAL)
+    journal.append(journal.last_step() if step is None else step, metrics, headline=True)
+    sender = Sender(run_dir, RunRecord.load(run_dir).tracking_uri, log, None)
+    sender.stop(_FLUSH_LIMIT_S)
+
+
 def _announce(record: RunRecord, log: Log) -> tuple[Store | None, SyncState]:
     """Create the run in the store and take over its id; without a store the local id stays."""
-    store = _connect(record.tracking_uri, log)
     state = SyncState()
+    store = _connect(record.tracking_uri, log)
     if store is None:
         return None, state
     try:
@@ -219,16 +239,17 @@ def _parent_tag(record: RunRecord) -> dict[str, str]:
 
 def _connect(uri: str, log: Log) -> Store | None:
     try:
-        return Store(uri)
+        return connect(uri)
     except (StoreError, RejectedError) as error:
-        log(_out_of_reach(uri, error))
+        if not getattr(error, "repeated", False):
+            log(_out_of_reach(uri, error))
         return None
 
 
 def _out_of_reach(uri: str, error: Exception) -> str:
     return (
         f"MLflow store {uri} is out of reach ({error}). The run goes on and keeps everything in its folder; "
-        "`sslbench sync RUN` completes the store later."
+        "complete the store later with: sslbench sync RUN"
     )
 
 
@@ -243,6 +264,16 @@ def _all_tags(kind: Kind, name: str, tags: Mapping[str, str]) -> dict[str, str]:
     }
     commit = git_commit(Path.cwd())
     return basic | ({"mlflow.source.git.commit": commit["commit"]} if commit else {}) | ours
+
+
+def _error_record(error: BaseException) -> dict[str, Any]:
+    return {
+        "type": type(error).__name__,
+        "message": str(error),
+        "hint": getattr(error, "hint", None),
+        "exit_code": int(getattr(error, "exit_code", ExitCode.UNEXPECTED)),
+        "traceback": traceback.format_exception(error),
+    }
 
 
 def _command_text() -> str:
