@@ -52,12 +52,10 @@ def changes_colors(spec: ViewSpec) -> bool:
 def _apply(images: Tensor, chosen: Tensor, operation: Callable[..., Tensor], *parameters: Tensor) -> None:
     """Replace ``chosen`` images (bool ``[B]``, CPU) by the operation's result with its parameters ``[B]``."""
     rows = chosen.nonzero().flatten()
-    _apply_rows(images, _on(rows, images), operation, *(_on(p[rows], images) for p in parameters))
-
-
-def _apply_rows(images: Tensor, rows: Tensor, operation: Callable[..., Tensor], *parameters: Tensor) -> None:
     if len(rows):
-        images.index_copy_(0, rows, operation(images.index_select(0, rows), *parameters))
+        on_device = _on(rows, images)
+        part = operation(images.index_select(0, on_device), *(_on(p[rows], images) for p in parameters))
+        images.index_copy_(0, on_device, part)
 
 
 def _on(values: Tensor, images: Tensor) -> Tensor:
@@ -78,21 +76,34 @@ def jitter_orders(uniform: Tensor) -> Tensor:
 
 
 def _jitter(images: Tensor, jitter: Jitter, uniform: Tensor) -> None:
-    """Apply colour jitter in place; ``uniform`` is ``[B,6]``: whether, order, four parameters."""
-    chosen = (uniform[:, 0] < jitter.p).nonzero().flatten()
-    orders = jitter_orders(uniform[chosen, 1])
-    factors = jitter_factors(jitter, uniform[chosen, 2:])
+    """Apply colour jitter in place; ``uniform`` is ``[B,6]``: whether, order, four parameters.
+
+    Each of the four turns sorts the images by the operation that is theirs, so every operation runs once a turn.
+    """
     strengths = (jitter.brightness, jitter.contrast, jitter.saturation, jitter.hue)
-    used = [op for op in range(4) if strengths[op] > 0]
-    turns = [(op, (orders[:, turn] == op).nonzero().flatten()) for turn in range(4) for op in used]
-    if not turns or not len(chosen):
+    chosen = (uniform[:, 0] < jitter.p).nonzero().flatten()
+    if not len(chosen) or not any(strengths):
         return
-    sizes = [len(rows) for _, rows in turns]
-    # One transfer for all groups: many small ones would cost more than the operations.
-    all_rows = torch.split(_on(torch.cat([chosen[rows] for _, rows in turns]), images), sizes)
-    all_factors = torch.split(_on(torch.cat([factors[rows, op] for op, rows in turns]), images), sizes)
-    for (op, _), rows, values in zip(turns, all_rows, all_factors, strict=True):
-        _apply_rows(images, rows, _JITTERS[op], values)
+    orders = jitter_orders(uniform[chosen, 1]).T.contiguous()
+    factors = jitter_factors(jitter, uniform[chosen, 2:])
+    ranked = orders.argsort(dim=1, stable=True)
+    previous = ranked.argsort(dim=1)[:-1]
+    moves = _on(torch.cat([chosen[ranked[:1]], previous.gather(1, ranked[1:]), chosen[ranked[-1:]]]), images)
+    values = _on(factors[ranked, orders.gather(1, ranked)], images)
+    part = images
+    for turn, order in enumerate(orders):
+        part = part.index_select(0, moves[turn])
+        sizes = order.bincount(minlength=len(strengths)).tolist()
+        part = _jitter_groups(part, values[turn], sizes, strengths)
+    images.index_copy_(0, moves[-1], part)
+
+
+def _jitter_groups(images: Tensor, values: Tensor, sizes: list[int], strengths: tuple[float, ...]) -> Tensor:
+    """Apply the four operations to consecutive groups of images with these sizes."""
+    groups = zip(_JITTERS, strengths, torch.split(images, sizes), torch.split(values, sizes), strict=True)
+    return torch.cat(
+        [adjust(part, value) if strength > 0 and len(part) else part for adjust, strength, part, value in groups]
+    )
 
 
 def blur_radius(blur: Blur, side: int) -> int:
