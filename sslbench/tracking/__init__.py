@@ -2,7 +2,7 @@
 
 from sslbench.tracking.push import SyncReport, run_directories, sync
 from sslbench.tracking.record import ParentRef, RunRecord
-from sslbench.tracking.store import resolve_tracking_uri
+from sslbench.tracking.store import check_store, resolve_tracking_uri
 from sslbench.tracking.tracker import Tracker, headline
 
 __all__ = [
@@ -10,6 +10,7 @@ __all__ = [
     "RunRecord",
     "SyncReport",
     "Tracker",
+    "check_store",
     "headline",
     "resolve_tracking_uri",
     "run_directories",

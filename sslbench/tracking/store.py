@@ -337,3 +337,16 @@ def _clean_key(key: str) -> str:
 
 def _clean_tags(tags: Mapping[str, str]) -> dict[str, Any]:
     return {_clean_key(key): str(value)[:_TAG_LENGTH] for key, value in tags.items()}
+
+
+def check_store(uri: str) -> str | None:
+    """Why a store cannot be used, or None if it can. A database that does not exist yet is not created."""
+    database = sqlite_path(uri)
+    if database is not None and not database.exists():
+        usable = os.access(database.parent, os.W_OK)
+        return None if usable else f"{database.parent} is not a folder that can be written"
+    try:
+        Store(uri)
+    except (StoreError, RejectedError) as error:
+        return f"{uri}: {error}"
+    return None

@@ -1,0 +1,140 @@
+"""Results read back from run directories. They are the truth, so this works without any MLflow store."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+from pathlib import Path
+from typing import Any, Literal
+
+from sslbench.engine.runs import find_run, pretrained_runs
+
+RESULT = "result.json"
+Direction = Literal["max", "min"]
+
+
+@dataclass(frozen=True)
+class EvalResult:
+    """One evaluation of one pretrained model."""
+
+    protocol: str
+    version: int
+    dataset: str
+    fingerprint: str
+    """Digest of the images and labels it was computed on."""
+    options: str
+    """Digest of the protocol's options."""
+    metrics: Mapping[str, float]
+    directions: Mapping[str, Direction]
+    primary: str
+    checkpoint: str
+    """sha256 of the backbone weights."""
+    limited: bool
+    time: float
+
+    @classmethod
+    def from_json(cls, raw: Mapping[str, Any]) -> EvalResult:
+        """Read a ``result.json``.
+
+        Raises:
+            KeyError, TypeError, ValueError: it is not one.
+        """
+        return cls(
+            protocol=str(raw["protocol"]),
+            version=int(raw["version"]),
+            dataset=str(raw["dataset"]),
+            fingerprint=str(raw["dataset_fingerprint"]),
+            options=_digest(raw.get("config", {}).get("protocol", {})),
+            metrics={key: float(value) for key, value in raw["metrics"].items()},
+            directions=dict(raw.get("directions", {})),
+            primary=str(raw["primary"]),
+            checkpoint=str(raw.get("checkpoint_sha256", "")),
+            limited=bool(raw.get("limited", False)),
+            time=float(raw.get("time", 0.0)),
+        )
+
+
+@dataclass(frozen=True)
+class RunResult:
+    """One pretrained model and its evaluations."""
+
+    run_dir: Path
+    run_id: str
+    name: str
+    status: str
+    started: float
+    method: str
+    backbone: str
+    dataset: str
+    epochs: str
+    seed: str
+    recipe: str
+    group: str
+    """Digest of the configuration without the seed: equal for runs that differ only by chance."""
+    uses_labels: bool
+    limited: bool
+    params: Mapping[str, str]
+    evals: tuple[EvalResult, ...]
+
+
+def load_results(root: Path, selectors: Sequence[str] = ()) -> list[RunResult]:
+    """Read runs with their evaluations, oldest first.
+
+    Args:
+        root: folder of all runs.
+        selectors: names, ids, directories or name patterns such as ``byol-*``; none: every run.
+
+    Raises:
+        SslbenchError: a selector fits nothing.
+    """
+    runs = pretrained_runs(root)
+    if selectors:
+        wanted = {path for selector in selectors for path in _select(selector, root, runs)}
+        known = {path for _, path in runs}
+        runs = [run for run in runs if run[1] in wanted]
+        runs += [(json.loads((path / "run.json").read_text()), path) for path in sorted(wanted - known)]
+    return [_run_result(record, path) for record, path in runs]
+
+
+def _select(selector: str, root: Path, runs: Sequence[tuple[dict[str, Any], Path]]) -> list[Path]:
+    matching = [path for record, path in runs if fnmatchcase(str(record.get("name")), selector)]
+    return matching or [find_run(selector, root)]
+
+
+def _run_result(record: Mapping[str, Any], run_dir: Path) -> RunResult:
+    tags = {key.removeprefix("sslbench."): str(value) for key, value in record.get("tags", {}).items()}
+    return RunResult(
+        run_dir=run_dir,
+        run_id=str(record["run_id"]),
+        name=str(record["name"]),
+        status=str(record.get("status", "")),
+        started=float(record.get("started", 0.0)),
+        method=tags.get("method", "?"),
+        backbone=tags.get("backbone", "?"),
+        dataset=tags.get("dataset", "?"),
+        epochs=tags.get("epochs", "?"),
+        seed=tags.get("seed", "?"),
+        recipe=tags.get("recipe", ""),
+        group=tags.get("group_hash") or tags.get("config_hash") or str(record["run_id"]),
+        uses_labels=tags.get("uses_labels") == "true",
+        limited=tags.get("limited") == "true",
+        params=dict(record.get("params", {})),
+        evals=tuple(_evals(run_dir)),
+    )
+
+
+def _evals(run_dir: Path) -> list[EvalResult]:
+    found = []
+    for file in sorted((run_dir / "evals").rglob(RESULT)):
+        try:
+            found.append(EvalResult.from_json(json.loads(file.read_text())))
+        except (ValueError, KeyError, TypeError, AttributeError):
+            continue  # an evaluation that died while writing, or another program's file
+    return found
+
+
+def _digest(content: Any) -> str:
+    return hashlib.sha256(json.dumps(content, sort_keys=True, default=str).encode()).hexdigest()[:8]
