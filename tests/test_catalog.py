@@ -32,7 +32,9 @@ def site(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path
 
 
-def install(site: Path, dist: str, module: str, source: str, entries: dict[str, str], version: str = "1.0") -> None:
+def install(
+    site: Path, dist: str, module: str, source: str, entries: dict[str, str], version: str = "1.0"
+) -> None:
     """Lay down a distribution as pip would: a module and its dist-info."""
     (site / f"{module}.py").write_text(source)
     info = site / f"{dist}-{version}.dist-info"
@@ -65,7 +67,9 @@ def test_a_third_party_plugin_is_found_with_its_summary_and_identity(site: Path)
 
 
 def test_listing_survives_a_broken_plugin_and_loading_it_names_the_line(site: Path) -> None:
-    install(site, "ssl-broken", "broken_a", '"""Broken."""\n\nimport nothing_of_the_kind\n', {"broken": "broken_a"})
+    install(
+        site, "ssl-broken", "broken_a", '"""Broken."""\n\nimport nothing_of_the_kind\n', {"broken": "broken_a"}
+    )
     catalog = Catalog()
     assert "broken" in catalog.names("method")
     assert "simclr" in catalog.names("method")
@@ -101,7 +105,7 @@ def test_a_misspelt_hook_is_refused(site: Path) -> None:
 
 def test_a_class_that_is_no_method_or_has_another_name_is_refused(site: Path) -> None:
     install(site, "ssl-class", "class_a", METHOD.format(name="k").replace("(Method)", ""), {"k": "class_a"})
-    with pytest.raises(PluginError, match="must be a subclass of sslbench.plugin.api.Method"):
+    with pytest.raises(PluginError, match=r"must be a subclass of sslbench\.plugin\.api\.Method"):
         Catalog().load("method", "k")
     install(site, "ssl-name", "name_a", METHOD.format(name="other"), {"wanted": "name_a"})
     with pytest.raises(PluginError, match="registered as method 'wanted' but offers 'other'"):
@@ -153,10 +157,10 @@ def test_a_local_file_with_a_built_in_name_is_a_conflict(tmp_path: Path) -> None
 @pytest.mark.parametrize("command", [["--help"], ["list"], ["list", "--json"]])
 def test_help_and_list_import_neither_torch_nor_mlflow(command: list[str]) -> None:
     code = (
-        "import sys; sys.argv = ['sslbench', *%r]\n"
+        f"import sys; sys.argv = ['sslbench', *{command!r}]\n"
         "from sslbench.cli import main\n"
         "try: main()\n"
         "except SystemExit as e: assert e.code in (0, None), e.code\n"
         "assert not {'torch', 'mlflow', 'torchvision'} & set(sys.modules), 'heavy import'\n"
-    ) % command
+    )
     subprocess.run([sys.executable, "-c", code], check=True, capture_output=True)

@@ -124,7 +124,13 @@ def test_something_that_is_not_an_option_is_refused(item: str) -> None:
 def test_hash_covers_what_changes_results_only() -> None:
     base = composed()
     assert composed("run.name=x", "train.log_every=3", "probe.every=0", "run.evals=[]").hash() == base.hash()
-    for item in ("train.epochs=3", "run.seed=9", "method.views.0.gray=0.9", "optim.lr=0.7", "backbone.name=resnet8"):
+    for item in (
+        "train.epochs=3",
+        "run.seed=9",
+        "method.views.0.gray=0.9",
+        "optim.lr=0.7",
+        "backbone.name=resnet8",
+    ):
         assert composed(item).hash() != base.hash(), item
 
 

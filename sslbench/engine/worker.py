@@ -72,11 +72,9 @@ def pretrain(
     if init_from is not None:
         _initialise(parts, init_from, catalog)
     tracker = _open_tracker(composed, parts, root, console, resume)
-    with _closing(tracker, console) as stop:
+    stop = StopSignal()
+    with tracker.closing(), stop.listening():
         steps = _train(composed, catalog, parts, tracker, console, stop, resume)
-        console.info(
-            f"Pretrained {tracker.run_dir.name if not composed.core.run.name else composed.core.run.name}"
-        )
     outcome = Outcome(tracker.run_dir, tracker.run_id, tracker.name, steps, time.monotonic() - started)
     _evaluate(composed, catalog, parts, outcome, console)
     return outcome

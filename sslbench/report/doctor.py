@@ -73,16 +73,29 @@ def _store() -> Check:
 
 def _plugins(catalog: Catalog) -> list[Check]:
     entries = [entry for kind in KINDS for entry in catalog.entries(kind)]
-    modules = {entry.module: entry for entry in entries if entry.version != "local"}
-    return [_import_in_child(entry) for entry in modules.values()] + [_loads(catalog, entry) for entry in entries]
+    by_distribution: dict[str, list[Entry]] = {}
+    for entry in entries:
+        if entry.version != "local":
+            by_distribution.setdefault(entry.distribution, []).append(entry)
+    imports = [check for group in by_distribution.values() for check in _imports(group)]
+    return imports + [_loads(catalog, entry) for entry in entries]
 
 
-def _import_in_child(entry: Entry) -> Check:
-    """Import a plugin's module in a process of its own: one that crashes or hangs takes nothing down."""
+def _imports(entries: list[Entry]) -> list[Check]:
+    """Import a distribution's plugins in one process of their own; one by one only if that fails."""
+    modules = sorted({entry.module.split(":")[0] for entry in entries})
+    together = _import_in_child(entries[0].distribution, modules)
+    if together.passed or len(modules) == 1:
+        return [together]
+    return [_import_in_child(entries[0].distribution, [module]) for module in modules]
+
+
+def _import_in_child(distribution: str, modules: list[str]) -> Check:
+    """A plugin that crashes or hangs takes nothing down with it."""
     started = time.monotonic()
-    command = [sys.executable, "-c", f"import {entry.module.split(':')[0]}"]
-    name = f"import {entry.module}"
-    advice = f"pip install --upgrade {entry.distribution}, or block it: -p no:{entry.distribution}"
+    name = f"import {modules[0]}" if len(modules) == 1 else f"import {len(modules)} modules of {distribution}"
+    advice = f"pip install --upgrade {distribution}, or block it: -p no:{distribution}"
+    command = [sys.executable, "-c", f"import {', '.join(modules)}"]
     try:
         done = subprocess.run(command, capture_output=True, text=True, timeout=_IMPORT_SECONDS, check=False)
     except subprocess.TimeoutExpired:

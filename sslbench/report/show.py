@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from sslbench.engine.evaluate import EvalOutcome
     from sslbench.engine.worker import Outcome
     from sslbench.report.doctor import Check
+    from sslbench.tracking import SyncReport
 
 
 def out() -> Console:
@@ -220,6 +221,16 @@ def print_checks(checks: Sequence[Check], as_json: bool) -> None:
         console.print(f"{mark} {check.name:<44} {escape(check.detail)}{escape(advice)}")
     failed = sum(not check.passed for check in checks)
     console.print(f"{len(checks) - failed} of {len(checks)} checks passed")
+
+
+def print_sync(report: SyncReport) -> None:
+    """What a synchronisation sent, children included."""
+    console = out()
+    for part in (report, *report.children):
+        state = "complete" if part.error is None else f"not complete: {part.error}"
+        console.print(f"{part.name}: {part.points} values sent, {escape(state)}")
+        for refused in part.refused:
+            console.print(f"  refused by the store: {escape(refused)}")
 
 
 def describe_options(model: type[Any], prefix: str = "") -> list[dict[str, str]]:
