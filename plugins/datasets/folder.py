@@ -65,7 +65,7 @@ class FolderSource(Source):
     def common_side(self) -> int | None:
         """The side of the images if all are square and of one size."""
         probe = self.paths[:: max(1, len(self) // 64)]
-        if len(set(threaded(image_size, probe))) > 1:  # spares a scan of a million headers
+        if len(set(threaded(image_size, probe)) - {(0, 0)}) > 1:  # spares a scan of a million headers
             return None
         sides = set(self._sizes[self._sizes[:, 0] > 0].flatten().tolist())
         return sides.pop() if len(sides) == 1 else None
@@ -87,6 +87,7 @@ class Folder(Dataset):
         if not self.root.is_dir():
             raise DataError(f"dataset.root: no folder {self.root}", hint="dataset.root=PATH")
         self._folders = self._find_splits()
+        self._opened: dict[str, FolderSource] = {}
         if not self._files("train"):
             raise DataError(f"data set 'folder' found no training images under {self.root}; {LAYOUTS}")
 
@@ -114,18 +115,19 @@ class Folder(Dataset):
     def info(self) -> DatasetInfo:
         return DatasetInfo(
             classes=self._classes,
-            size=self._train.common_side(),
+            size=self.split("train").common_side(),
             mean=self.cfg.mean,
             std=self.cfg.std,
             splits=tuple(split for split in SPLITS if split in self._folders),
             task="classification" if self._classes else "unlabelled",
         )
 
-    @cached_property
-    def _train(self) -> FolderSource:
-        return self.split("train")
-
     def split(self, name: str) -> FolderSource:
+        if name not in self._opened:  # kept, because a source remembers the headers it has read
+            self._opened[name] = self._open(name)
+        return self._opened[name]
+
+    def _open(self, name: str) -> FolderSource:
         paths = self._files(name)
         if not paths:
             folder = self._folders.get(name, self.root / getattr(self.cfg, name, name))
