@@ -22,10 +22,10 @@ class Console:
         self._lines: tuple[int, int, int] | None = None
 
     def info(self, message: str) -> None:
-        self.rich.print(message, markup=False)
+        self.rich.print(message, markup=False, soft_wrap=True)
 
     def warn(self, message: str) -> None:
-        self.rich.print(f"[yellow]Warning:[/yellow] {_escape(message)}")
+        self.rich.print(f"[yellow]Warning:[/yellow] {_escape(message)}", soft_wrap=True)
 
     def begin(self, title: str, start: int, total: int) -> None:
         """Start showing progress over steps ``start`` to ``total``."""

@@ -144,15 +144,13 @@ class RunObserver:
         )
 
     def metrics(self, step: int, values: Mapping[str, float]) -> None:
-        self.tracker.log(step, values)
+        self._log(step, values)
         self.console.update(step, values)
-        self._tell("sslbench_metrics_logged", step=step, metrics=values)
 
     def probe(self, step: int, epoch: int) -> None:
         values = self.probes.run(epoch)
-        self.metrics(step, values)
-        shown = {key.removeprefix("probe/"): value for key, value in values.items()}
-        words = "  ".join(f"{key} {value:.4g}" for key, value in shown.items())
+        self._log(step, values)
+        words = "  ".join(f"{key.removeprefix('probe/')} {value:.4g}" for key, value in values.items())
         self.console.info(f"  epoch {epoch}: probe {words}")
         warning = collapse_warning(values, self.parts.method.export().dim)
         if warning:
@@ -176,6 +174,10 @@ class RunObserver:
 
     def should_stop(self) -> bool:
         return self.stop.agreed()
+
+    def _log(self, step: int, values: Mapping[str, float]) -> None:
+        self.tracker.log(step, values)
+        self._tell("sslbench_metrics_logged", step=step, metrics=values)
 
     def _tell(self, hook: str, **arguments: Any) -> None:
         """Observers must not be able to end a run."""

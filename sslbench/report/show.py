@@ -223,6 +223,23 @@ def print_checks(checks: Sequence[Check], as_json: bool) -> None:
     console.print(f"{len(checks) - failed} of {len(checks)} checks passed")
 
 
+def print_comparison(root: Path, selectors: Sequence[str], registry: Registry | None, as_json: bool) -> None:
+    """The comparison table; with a registry, each row against its recipe's published results as well."""
+    from sslbench.report.compare import compare, judge
+    from sslbench.report.results import load_results
+    from sslbench.report.table import render_table, render_verdicts, to_json
+
+    comparison = compare(load_results(root, selectors))
+    verdicts = judge(comparison, registry.references) if registry else []
+    if as_json:
+        judged = [{"recipe": v.row.recipe, **v.reference.model_dump(), "verdict": v.verdict} for v in verdicts]
+        print_json({**to_json(comparison), "verdicts": judged})
+        return
+    out().print(render_table(comparison))
+    if registry:
+        out().print(render_verdicts(verdicts))
+
+
 def print_sync(report: SyncReport) -> None:
     """What a synchronisation sent, children included."""
     console = out()

@@ -1,6 +1,5 @@
 """The journal and MLflow. The only package that imports mlflow."""
 
-from sslbench.tracking.check import check_store
 from sslbench.tracking.push import SyncReport, run_directories, sync
 from sslbench.tracking.record import ParentRef, RunRecord
 from sslbench.tracking.store import check_store, resolve_tracking_uri
@@ -11,7 +10,6 @@ __all__ = [
     "RunRecord",
     "SyncReport",
     "Tracker",
-    "check_store",
     "check_store",
     "headline",
     "resolve_tracking_uri",
