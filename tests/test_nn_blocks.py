@@ -22,6 +22,11 @@ def test_mlp_has_the_parameter_counts_of_the_published_heads() -> None:
     assert count(mlp(2048, 2048, 128, norm=False)) == 4_458_624  # MoCo v2 head
 
 
+def test_mlp_activation_follows_the_normalisation() -> None:
+    kinds = [type(layer) for layer in mlp(4, 8, 2, activation="leaky-relu")]
+    assert kinds == [nn.Linear, nn.BatchNorm1d, nn.LeakyReLU, nn.Linear]
+
+
 def test_ema_averages_parameters_and_leaves_buffers_alone() -> None:
     online, target = mlp(2, 3, 2), EMA(mlp(2, 3, 2))
     online(torch.randn(8, 2))  # moves the online running statistics

@@ -12,7 +12,7 @@ from typing import Any, ClassVar, Literal
 from pydantic import Field
 from torch import Tensor
 
-from sslbench.nn.heads import mlp
+from sslbench.nn.heads import Activation, mlp
 from sslbench.nn.losses import nt_xent, nt_xent_log_of_mean
 from sslbench.nn.two_views import TwoViewConfig, stack_views
 from sslbench.plugin.api import Batch, Blur, Build, Jitter, Method, ViewSpec
@@ -36,6 +36,8 @@ class SimCLRConfig(TwoViewConfig):
     """Two views of one size."""
     hidden: int | None = Field(None, ge=1)
     """Hidden width of the projection head; unset: the backbone's width (as the paper), at least 256."""
+    activation: Activation = "relu"
+    """Of the projection head; the relational reasoning baseline uses `leaky-relu`."""
     out_dim: int = Field(128, ge=1)
     """Width of the projections."""
     temperature: float = Field(0.5, gt=0)
@@ -56,7 +58,7 @@ class SimCLR(Method):
         super().__init__(cfg, build)
         self.backbone = build.backbone()
         dim = self.backbone.dim
-        self.projector = mlp(dim, cfg.hidden or max(dim, 256), cfg.out_dim)
+        self.projector = mlp(dim, cfg.hidden or max(dim, 256), cfg.out_dim, activation=cfg.activation)
 
     def forward(self, batch: Batch) -> dict[str, Tensor]:
         pooled = self.backbone(stack_views(batch)).pooled

@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 from itertools import pairwise
+from typing import Literal
 
 from torch import nn
 
+Activation = Literal["relu", "leaky-relu"]
+_ACTIVATIONS: dict[Activation, type[nn.ReLU | nn.LeakyReLU]] = {"relu": nn.ReLU, "leaky-relu": nn.LeakyReLU}
 
-def mlp(*dims: int, norm: bool = True, final_bias: bool = True) -> nn.Sequential:
-    """A multi-layer perceptron on rows: Linear, BatchNorm, ReLU for each hidden layer, then Linear.
+
+def mlp(*dims: int, norm: bool = True, final_bias: bool = True, activation: Activation = "relu") -> nn.Sequential:
+    """A multi-layer perceptron on rows: Linear, BatchNorm, activation for each hidden layer, then Linear.
 
     Hidden linear layers keep their bias before the normalisation, as in every paper's code that we follow, so
     parameter counts match theirs.
@@ -17,12 +21,13 @@ def mlp(*dims: int, norm: bool = True, final_bias: bool = True) -> nn.Sequential
         dims: widths from input to output, at least two; ``mlp(2048, 4096, 256)`` has one hidden layer.
         norm: batch normalisation of the hidden layers (off in MoCo v2).
         final_bias: bias of the last layer (off in BYOL and SCRL).
+        activation: ``leaky-relu`` (slope 0.01) is what the relational reasoning code uses.
     """
     layers: list[nn.Module] = []
     for width, next_width in pairwise(dims[:-1]):
         layers.append(nn.Linear(width, next_width))
         if norm:
             layers.append(nn.BatchNorm1d(next_width))
-        layers.append(nn.ReLU(inplace=True))
+        layers.append(_ACTIVATIONS[activation](inplace=True))
     layers.append(nn.Linear(dims[-2], dims[-1], bias=final_bias))
     return nn.Sequential(*layers)
