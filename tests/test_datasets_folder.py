@@ -42,6 +42,7 @@ def test_split_layout(tmp_path):
                 _write(tmp_path / split / label / f"{number}.png")
     (tmp_path / "train" / "empty").mkdir()
     (tmp_path / "train" / "notes.txt").write_text("not an image")
+    _write(tmp_path / "train" / "loose.png")
     _write(tmp_path / "train" / ".cache" / "0.png")
     _write(tmp_path / "train" / "ant" / ".hidden.png")
     dataset = _folder(tmp_path)

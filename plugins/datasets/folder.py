@@ -87,6 +87,7 @@ class Folder(Dataset):
         if not self.root.is_dir():
             raise DataError(f"dataset.root: no folder {self.root}", hint="dataset.root=PATH")
         self._folders = self._find_splits()
+        self._listings: dict[str, list[Path]] = {}
         self._opened: dict[str, FolderSource] = {}
         if not self._files("train"):
             raise DataError(f"data set 'folder' found no training images under {self.root}; {LAYOUTS}")
@@ -100,16 +101,19 @@ class Folder(Dataset):
 
     @cached_property
     def _classes(self) -> tuple[str, ...]:
-        train = self._folders.get("train", self.root)
-        folders = sorted(path for path in train.iterdir() if path.is_dir() and not path.name.startswith("."))
-        return tuple(path.name for path in folders if find_images(path, recursive=True))
+        train, files = self._folders.get("train", self.root), self._listing("train")
+        return tuple(sorted({path.relative_to(train).parts[0] for path in files if path.parent != train}))
+
+    def _listing(self, split: str) -> list[Path]:
+        if split not in self._listings:
+            folder = self._folders.get(split)
+            self._listings[split] = find_images(folder) if folder else []
+        return self._listings[split]
 
     def _files(self, split: str) -> list[Path]:
-        folder = self._folders.get(split)
-        if folder is None:
-            return []
-        files = find_images(folder, recursive=bool(self._classes))
-        return [path for path in files if path.parent != folder] if self._classes else files
+        """The images of a split. Next to class folders, loose images have no class and do not count."""
+        files = self._listing(split)
+        return [path for path in files if path.parent != self._folders[split]] if self._classes else files
 
     @cached_property
     def info(self) -> DatasetInfo:
@@ -148,6 +152,10 @@ class Folder(Dataset):
         return torch.tensor([numbers[label] for label in labels])
 
     def fingerprint(self) -> str:
+        return self._digest
+
+    @cached_property
+    def _digest(self) -> str:
         files = [path for split in sorted(self._folders) for path in self._files(split)]
         return digest_files(self.root, files)
 

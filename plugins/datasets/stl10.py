@@ -91,6 +91,10 @@ class Stl10(Dataset):
         return source
 
     def fingerprint(self) -> str:
+        return self._digest
+
+    @cached_property
+    def _digest(self) -> str:
         return digest_whole(self.base, [self.base / file for file in FILES])
 
 

@@ -115,6 +115,10 @@ class CifarDataset(Dataset):
         return ArraySource(pixels, torch.tensor(targets))
 
     def fingerprint(self) -> str:
+        return self._digest
+
+    @cached_property
+    def _digest(self) -> str:
         parts = []
         for source in self._sources.values():
             parts += [source.pixels(), source.targets]

@@ -47,13 +47,13 @@ def threaded(function: Callable[[_In], _Out], items: Sequence[_In]) -> Iterator[
             yield from results
 
 
-def find_images(folder: Path, *, recursive: bool) -> list[Path]:
-    """Image files below ``folder`` sorted by path; hidden files and folders are ignored, links are followed."""
+def find_images(folder: Path) -> list[Path]:
+    """Image files below ``folder``, in a fixed order; hidden files and folders are ignored, links are followed."""
     found: list[Path] = []
     for parent, folders, files in os.walk(folder, followlinks=True):
-        folders[:] = sorted(name for name in folders if not name.startswith(".")) if recursive else []
-        found += [Path(parent, name) for name in files if _is_image(name)]
-    return sorted(found)
+        folders[:] = sorted(name for name in folders if not name.startswith("."))
+        found += [Path(parent, name) for name in sorted(files) if _is_image(name)]
+    return found
 
 
 def _is_image(name: str) -> bool:
