@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 from pathlib import Path
 
@@ -166,3 +167,13 @@ def test_augmented_training_streams_new_crops_every_epoch(tmp_path: Path) -> Non
     unaugmented = run_protocol(plain, make_job(plain, tmp_path / "plain"))
     # Mirrored digits are another problem: above chance, and harder than the plain images.
     assert 20 < metrics["val_top1"] < unaugmented["val_top1"]
+
+
+def test_a_best_rate_at_the_edge_of_the_grid_is_reported(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    protocol = Linear(LinearConfig(epochs=3, lrs=(1e-6, 1e-5, 1e-4), refit=False))
+    job = make_job(protocol, tmp_path)
+    run_protocol(protocol, job)
+    report = json.loads((job.out_dir / "linear.json").read_text())
+    assert report["at_edge_of_grid"]
+    assert [row["lr"] for row in report["by_lr"]] == [1e-6, 1e-5, 1e-4]
+    assert "edge of the grid" in caplog.text

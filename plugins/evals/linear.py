@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -18,6 +19,8 @@ from sslbench.errors import DivergedError
 from sslbench.evaluation.classifiers import FeatureScaling, LinearHead, Normalize, label_ranks, percent
 from sslbench.plugin.api import EvalOptions, EvalProtocol, FeatureTable, Job, ViewSpec
 from sslbench.plugin.hooks import hookimpl
+
+logger = logging.getLogger(__name__)
 
 EpochBatches = Callable[[int], Iterator[tuple[Tensor, Tensor]]]
 """From an epoch to its batches of scaled features ``[B,D]`` and labels ``[B]``, equal on all ranks."""
@@ -49,7 +52,9 @@ class LinearConfig(EvalOptions):
     """`none`: features are computed once; `crop-flip`: every epoch sees new random resized crops (8 to 100 % of
     the area) and flips, as published for ImageNet."""
     normalize: Normalize = "standardize"
-    """What happens to features first: nothing, mean 0 and standard deviation 1, or unit length."""
+    """What happens to features first: nothing, mean 0 and standard deviation 1, or unit length. Published ImageNet
+    numbers use `none`. On the features of an untrained conv4, top-1 on `val` was 80 (none), 97 (standardize) and
+    87 (l2) for digits, and 71, 93 and 78 for mnist5k: without it, a method is judged by its features' scale."""
     refit: bool = True
     """Train the head that is kept again with the chosen rate on `train` and `val` together."""
 
@@ -118,6 +123,10 @@ class Heads:
         return torch.cat([change * ratio(weight, change) for weight, change in parts])
 
 
+AfterEpoch = Callable[[int, Tensor, Heads], None]
+"""Gets the zero-based epoch, its mean losses ``[G]`` and the heads."""
+
+
 @dataclass(frozen=True)
 class Score:
     """How each of G heads does on a table."""
@@ -140,11 +149,12 @@ def _cross_entropy(log_p: Tensor, labels: Tensor) -> Tensor:
     return -log_p.gather(2, wanted).squeeze(2).mean(0)
 
 
-def score(heads: Heads, inputs: Tensor, labels: Tensor, chunk: int = 2048) -> Score:
-    """Evaluate all heads on ``[N,D]`` scaled features."""
+def score(heads: Heads, scaling: FeatureScaling, table: FeatureTable, chunk: int = 2048) -> Score:
+    """Evaluate all heads on a split."""
+    labels = table.labels
     ranks, losses = [], []
-    for rows, wanted in zip(torch.split(inputs, chunk), torch.split(labels, chunk), strict=True):
-        log_p = heads.logits(rows).log_softmax(-1)
+    for rows, wanted in zip(torch.split(table.features, chunk), torch.split(labels, chunk), strict=True):
+        log_p = heads.logits(scaling(rows)).log_softmax(-1)
         ranks.append(label_ranks(log_p, wanted))
         losses.append(_cross_entropy(log_p, wanted).double() * len(rows))
     places = torch.cat(ranks)
@@ -153,10 +163,8 @@ def score(heads: Heads, inputs: Tensor, labels: Tensor, chunk: int = 2048) -> Sc
     return Score(percent(places < 1) * alive, percent(places < 5) * alive, loss)
 
 
-def train(
-    heads: Heads, epoch_batches: EpochBatches, steps_per_epoch: int, after_epoch: Callable[[int, Tensor], None]
-) -> None:
-    """Train for ``cfg.epochs`` epochs; ``after_epoch`` gets the epoch and the mean losses ``[G]``."""
+def train(heads: Heads, epoch_batches: EpochBatches, steps_per_epoch: int, after_epoch: AfterEpoch) -> None:
+    """Train for ``cfg.epochs`` epochs."""
     cfg = heads.cfg
     schedule = OptimOptions(schedule="cosine", warmup_epochs=cfg.warmup_epochs)
     steps = cfg.epochs * steps_per_epoch
@@ -166,7 +174,7 @@ def train(
             step = epoch * steps_per_epoch + number
             factor = learning_rate(schedule, peak=1.0, step=step, steps=steps, steps_per_epoch=steps_per_epoch)
             total += heads.step(inputs, labels, factor)
-        after_epoch(epoch, total / steps_per_epoch)
+        after_epoch(epoch, total / steps_per_epoch, heads)
 
 
 class Linear(EvalProtocol):
@@ -196,30 +204,46 @@ class Linear(EvalProtocol):
         """Choose a learning rate, save the head, return how the chosen one did on ``val``."""
         train_table, val = job.features("train"), job.features("val")
         scaling = FeatureScaling.fit(self.cfg.normalize, train_table.features)
-        val_inputs = scaling(val.features)
-
-        def log_curves(epoch: int, losses: Tensor, heads: Heads) -> None:
-            if (epoch + 1) % math.ceil(self.cfg.epochs / CURVE_POINTS) and epoch + 1 < self.cfg.epochs:
-                return
-            now = score(heads, val_inputs, val.labels)
-            g = now.best()
-            point = {"val_top1": now.top1[g], "val_loss": now.loss[g], "train_loss": losses[g]}
-            job.log(epoch + 1, {key: float(value) for key, value in point.items()} | {"lr": self.cfg.lrs[g]})
-
-        heads = self._fit(job, "train", train_table, scaling, self.cfg.lrs, log_curves)
-        found = score(heads, val_inputs, val.labels)
+        curves = self._curves(job, scaling, val)
+        heads = self._fit(job, "train", train_table, scaling, self.cfg.lrs, curves)
+        found = score(heads, scaling, val)
         g = found.best()
         if not math.isfinite(found.loss[g]):
-            raise DivergedError("every learning rate of protocol 'linear' diverged", hint="lower evals.linear.lrs")
+            raise DivergedError("every learning rate of protocol 'linear' diverged", hint="try smaller lrs")
         lr = self.cfg.lrs[g]
+        self._report_grid(job, found, lr)
         self._save(job, heads, g, scaling)
         return {
             "val_top1": float(found.top1[g]),
             "val_top5": float(found.top5[g]),
             "val_loss": float(found.loss[g]),
-            "train_top1": float(score(heads, scaling(train_table.features), train_table.labels).top1[g]),
+            "train_top1": float(score(heads, scaling, train_table).top1[g]),
             "lr": lr,
         }
+
+    def _curves(self, job: Job, scaling: FeatureScaling, val: FeatureTable) -> AfterEpoch:
+        """Log the best head of the moment, about ``CURVE_POINTS`` times."""
+        every = math.ceil(self.cfg.epochs / CURVE_POINTS)
+
+        def log(epoch: int, losses: Tensor, heads: Heads) -> None:
+            if (epoch + 1) % every and epoch + 1 < self.cfg.epochs:
+                return
+            now = score(heads, scaling, val)
+            g = now.best()
+            point = {"val_top1": now.top1[g], "val_loss": now.loss[g], "train_loss": losses[g]}
+            job.log(epoch + 1, {key: float(value) for key, value in point.items()} | {"lr": self.cfg.lrs[g]})
+
+        return log
+
+    def _report_grid(self, job: Job, found: Score, lr: float) -> None:
+        by_lr = [
+            {"lr": rate, "val_top1": float(top1), "val_loss": float(loss) if loss.isfinite() else None}
+            for rate, top1, loss in zip(self.cfg.lrs, found.top1, found.loss, strict=True)
+        ]
+        at_edge = len(self.cfg.lrs) > 2 and lr in (min(self.cfg.lrs), max(self.cfg.lrs))
+        job.write_report("linear.json", {"lr": lr, "at_edge_of_grid": at_edge, "by_lr": by_lr})
+        if at_edge:
+            logger.warning("the best learning rate, %g, is at the edge of the grid: widen lrs", lr)
 
     def _save(self, job: Job, heads: Heads, g: int, scaling: FeatureScaling) -> None:
         lr = self.cfg.lrs[g]
@@ -239,7 +263,7 @@ class Linear(EvalProtocol):
         table: FeatureTable,
         scaling: FeatureScaling,
         lrs: tuple[float, ...],
-        after_epoch: Callable[[int, Tensor, Heads], None],
+        after_epoch: AfterEpoch,
     ) -> Heads:
         batch = min(self.cfg.train_batch, len(table.labels))
         scale = batch / self.cfg.lr_per if self.cfg.lr_per else 1.0
@@ -249,18 +273,17 @@ class Linear(EvalProtocol):
             batches, steps = _resident_batches(job, table, scaling, batch), math.ceil(len(table.labels) / batch)
         else:
             batches, steps = _streamed_batches(job, split, scaling, batch), len(table.labels) // batch
-        train(heads, batches, steps, lambda epoch, losses: after_epoch(epoch, losses, heads))
+        train(heads, batches, steps, after_epoch)
         return heads
 
 
 def _resident_batches(job: Job, table: FeatureTable, scaling: FeatureScaling, batch: int) -> EpochBatches:
     """Shuffled batches of the cached features; the last one may be smaller."""
-    inputs = scaling(table.features)
 
     def epoch_batches(epoch: int) -> Iterator[tuple[Tensor, Tensor]]:
-        order = torch.randperm(len(inputs), generator=job.generator(f"order/{epoch}")).to(inputs.device)
+        order = torch.randperm(len(table.labels), generator=job.generator(f"order/{epoch}")).to(job.device)
         for rows in torch.split(order, batch):
-            yield inputs[rows], table.labels[rows]
+            yield scaling(table.features[rows]), table.labels[rows]
 
     return epoch_batches
 

@@ -7,6 +7,7 @@ import logging
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +29,7 @@ from sslbench.evaluation.features import (
     json_digest,
     save_atomically,
     state_digests,
+    tensor_digest,
 )
 from sslbench.plugin.api import Backbone, Batch, Dataset, EvalOptions, EvalProtocol, FeatureTable, Source, ViewSpec
 from sslbench.rng import derive_seed
@@ -124,11 +126,10 @@ class EvaluationJob:
         """
         source, indices = self._open(split)
         table = self._table(self._base_split(split))
-        # An unreadable image the loader skipped is in no table, so rows are matched by number.
-        rows = torch.isin(table.indices, indices.to(table.indices.device))
-        found = table.indices[rows]
-        labels = _labels(source)[found.cpu()]
-        return FeatureTable(table.features[rows].to(self.device), labels.to(self.device), found.to(self.device))
+        features = table.features
+        if len(indices) < len(features):
+            features = features[torch.searchsorted(table.indices, indices.to(self.device))]
+        return FeatureTable(features, _labels(source)[indices].to(self.device), indices.to(self.device))
 
     def batches(
         self, split: str, views: Sequence[ViewSpec], batch_size: int, epoch: int
@@ -162,7 +163,7 @@ class EvaluationJob:
         content = {key: value.cpu() if isinstance(value, Tensor) else value for key, value in tensors.items()}
         maker = {"protocol": self._protocol.name, "version": self._protocol.version}
         if comm.rank() == 0:
-            save_atomically({**content, "stamp": {**maker, **self._stamp()}}, path)
+            save_atomically({**content, "stamp": {**maker, **self._stamp}}, path)
         comm.barrier()
         return path
 
@@ -179,7 +180,7 @@ class EvaluationJob:
             raise CheckpointError(f"there is no {what} for this model ({path} does not exist)", hint=hint)
         content = _load(path, what, hint)
         made_for = content["stamp"]
-        different = [key for key, value in self._stamp().items() if made_for.get(key) != value]
+        different = [key for key, value in self._stamp.items() if made_for.get(key) != value]
         if different:
             reason = f"{what} ({path}) was made for another {' and another '.join(different)}"
             raise CheckpointError(reason, hint=hint)
@@ -225,8 +226,8 @@ class EvaluationJob:
     def _cached(self, base: str) -> IndexedFeatures:
         """The features of a base split. Rank 0 alone reads and writes the cache."""
         source, indices = eval_split(self._dataset, base, self._data.val_fraction)
-        key = {**self._stamp(), "split": base, "precision": "fp32", "device": self.device.type}
-        key |= {"indices": json_digest([len(indices), int(indices.sum())]), "torch": torch.__version__}
+        key = {**self._stamp, "split": base, "precision": "fp32", "device": self.device.type}
+        key |= {"indices": tensor_digest(indices), "torch": torch.__version__}
         stored = self._cache.load(key) if self._cache and comm.rank() == 0 else None
         if comm.broadcast_object(stored is not None):
             return _share(stored, self.device)
@@ -269,6 +270,7 @@ class EvaluationJob:
             device=self.device,
         )
 
+    @cached_property
     def _stamp(self) -> dict[str, Any]:
         """What results depend on besides the protocol: the weights, the images and how they are shown."""
         backbone = [self._backbone.name, self._backbone.cfg.model_dump(mode="json"), self._digests]
