@@ -34,7 +34,8 @@ class BoxSampling(Options):
     tries: int = Field(50, ge=1)
     """Candidates per box; if all overlap too much, the last one is kept, as the authors' code does."""
     jitter: float = Field(0.0, ge=0, lt=1)
-    """Moves and scales the boxes of view 2 by up to this fraction of their sides (the authors tried 0.1)."""
+    """Moves and scales the boxes of view 2 by up to this fraction of their sides (0.1 in the authors' code,
+    where it is off)."""
 
 
 class Crop(NamedTuple):
