@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import subprocess
 import sys
 from pathlib import Path
@@ -42,6 +43,7 @@ def install(
     (info / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {dist}\nVersion: {version}\n")
     lines = [f"{name} = {value}" for name, value in entries.items()]
     (info / "entry_points.txt").write_text("[sslbench.methods]\n" + "\n".join(lines) + "\n")
+    importlib.invalidate_caches()
 
 
 def test_every_built_in_entry_point_loads_and_every_plugin_file_has_one() -> None:

@@ -9,6 +9,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from sslbench.config.options import cosmetic
 from sslbench.data.imagefile import digest_files, find_images, image_size, read_image, threaded
 from sslbench.errors import DataError
 from sslbench.plugin.api import Dataset, DatasetInfo, Options, Source
@@ -24,7 +25,7 @@ SPLITS = ("train", "val", "test")
 class FolderOptions(Options):
     """Options of `folder`."""
 
-    root: Path
+    root: Path = cosmetic(...)
     """The folder. Images are jpg, jpeg, png, ppm, pgm, bmp, tif, tiff or webp files; hidden files are ignored."""
     train: str = "train"
     """Name of the folder below the root that holds the training images."""
@@ -32,6 +33,8 @@ class FolderOptions(Options):
     """Name of the validation folder; it may be missing, then evaluations carve `val` off `train`."""
     test: str = "test"
     """Name of the test folder. A folder named here is not used as `val`."""
+    label: str | None = cosmetic(None)
+    """Its name in tables and metric keys; unset: `folder-` and the name of the root folder."""
     mean: tuple[float, float, float] = (0.485, 0.456, 0.406)
     """Per channel, in [0, 1]; the default is ImageNet's."""
     std: tuple[float, float, float] = (0.229, 0.224, 0.225)
@@ -91,6 +94,10 @@ class Folder(Dataset):
         self._opened: dict[str, FolderSource] = {}
         if not self._files("train"):
             raise DataError(f"data set 'folder' found no training images under {self.root}; {LAYOUTS}")
+
+    @property
+    def key(self) -> str:
+        return self.cfg.label or f"{self.name}-{self.root.resolve().name}"
 
     def _find_splits(self) -> dict[str, Path]:
         names = {"train": self.cfg.train, "test": self.cfg.test}

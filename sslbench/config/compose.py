@@ -80,7 +80,7 @@ class Composed:
         return {
             key: value
             for key, value in flat.items()
-            if not key.startswith(("evals.", "recipe")) and ".".join(key.split(".")[:2]) not in skip
+            if key.split(".")[0] not in ("evals", "recipe") and ".".join(key.split(".")[:2]) not in skip
         }
 
 

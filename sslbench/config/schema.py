@@ -32,9 +32,9 @@ class TrainOptions(Options):
     epochs: int = Field(20, ge=1)
     batch_size: int = Field(128, ge=2)
     """Images in the global batch, over all devices. The last partial batch of an epoch is dropped."""
-    limit: int | None = Field(None, ge=1)
+    limit: int | None = cosmetic(None, ge=1)
     """Stop after this many steps; the run is stamped as limited and kept out of reports."""
-    device: Literal["auto", "cpu", "cuda"] = "auto"
+    device: Literal["auto", "cpu", "cuda"] = cosmetic("auto")
     precision: Literal["auto", "fp32", "bf16"] = "auto"
     """`auto`: bf16 autocast on CUDA devices that support it, fp32 elsewhere."""
     compile: bool = False

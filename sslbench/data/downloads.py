@@ -12,9 +12,9 @@ from sslbench.plugin.api import Options
 class DownloadOptions(Options):
     """Options of data sets that can be downloaded."""
 
-    root: Path
+    root: Path = cosmetic(...)
     """Folder that holds, or will hold, the unpacked files."""
-    download: bool = False
+    download: bool = cosmetic(False)
     """Download into the root if files are missing."""
 
 
