@@ -296,3 +296,7 @@ def test_skipped_images_are_named_once():
     assert [line for line in lines if "unreadable" in line] == [
         "skipping an unreadable image: cannot read image 3"
     ]
+
+
+def test_off_may_be_written_as_yaml_understands_it():
+    assert DataOptions.model_validate({"resident": False}).resident == "off"

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Literal
 
-from pydantic import Field, model_validator
+from pydantic import Field, field_validator, model_validator
 
 from sslbench.config.options import Options, cosmetic
 
@@ -95,6 +95,12 @@ class DataOptions(Options):
     """How many unreadable images are skipped (and named in the log) before the run ends with an error."""
     val_fraction: float = Field(0.1, gt=0, lt=1)
     """Share of `train` that evaluations carve off as `val`, class by class, when a data set has none."""
+
+    @field_validator("resident", mode="before")
+    @classmethod
+    def _off_is_a_word(cls, value: object) -> object:
+        """YAML reads a bare ``off`` as false."""
+        return "off" if value is False else value
 
 
 class ProbeOptions(Options):
