@@ -317,7 +317,12 @@ def _run_directory(session: Session, reference: str) -> Path:
 
 
 def _prepare_environment() -> None:
-    """Variables that libraries read when they are first imported; a user's own values win."""
+    """What libraries look at when they are first imported; a user's own variables win. Messages go to stderr."""
+    import logging
+
+    logging.basicConfig(format="%(message)s", level=logging.WARNING)
+    for name in ("sslbench", "sslbench_plugins"):
+        logging.getLogger(name).setLevel(logging.INFO)
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     os.environ.setdefault("GIT_PYTHON_REFRESH", "quiet")
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
+from sslbench.config.options import cosmetic
 from sslbench.errors import DataError
 from sslbench.plugin.api import Options
 
