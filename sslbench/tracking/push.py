@@ -100,7 +100,8 @@ def child_runs(run_dir: Path) -> list[Path]:
 
 def run_directories(root: Path) -> list[Path]:
     """All run directories below the folder of runs (``<experiment>/<run id>/artifacts``)."""
-    return sorted(path.parent for path in root.glob(f"*/*/artifacts/{RunRecord.file_name()}"))
+    found = root.glob(f"*/*/artifacts/{RunRecord.file_name()}")
+    return sorted({path.parent.resolve() for path in found})  # the store's folder of a run may be a link to it
 
 
 class Push:
@@ -233,13 +234,18 @@ class Push:
             if f"sslbench.{key}" in self.record.tags
         }
         tags = {"sslbench.checkpoint": str(self.run_dir / path), "sslbench.run": self.record.name}
-        name = f"{self.record.name}-step{step}"
+        name = f"{self._short_name()}-step{step}"
         model_id, location = self.store.create_model(
             self.state.experiment_id or "", run_id, name, step, params, tags
         )
         self.state.models[path] = model_id
         self._model_files(model_id, location, self.run_dir / path)
         self.store.finalize_model(model_id)
+
+    def _short_name(self) -> str:
+        """Method and seed: lists of models cut names after 20 letters."""
+        method, seed = (self.record.tags.get(f"sslbench.{key}") for key in ("method", "seed"))
+        return f"{method}-s{seed}" if method and seed else self.record.name
 
     def _model_files(self, model_id: str, location: str, checkpoint: Path) -> None:
         folder = local_path(location)

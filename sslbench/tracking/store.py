@@ -28,7 +28,10 @@ _METRICS_PER_CALL = 500
 _PARAM_LENGTH = 6000
 _TAG_LENGTH = 8000
 _KEY_LENGTH = 250
-_DIGEST_LENGTH = 36
+#: Run lists show it next to the name; the whole fingerprint is in the data set's source.
+_DIGEST_LENGTH = 12
+#: Without it the user interface guesses, and opens on pages about language-model agents.
+_EXPERIMENT_TAGS = {"mlflow.experimentKind": "custom_model_development"}
 #: A dead server must cost seconds, not the several minutes of MLflow's own settings.
 _PATIENCE = {
     "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "0",
@@ -162,11 +165,10 @@ class Store:
         database = sqlite_path(uri)
         lock = file_lock(database.with_name(f".{database.name}.lock")) if database else nullcontext()
         try:
-            with lock:
+            with lock, _translated():
                 self._client = _connect(uri)
-                # Clients connect lazily; the first request creates or migrates the schema.
-                with _translated():
-                    self._client.search_experiments(max_results=1)
+                # Servers are asked lazily, and the first request to a database migrates its schema.
+                self._client.search_experiments(max_results=1)
         except OSError as error:
             raise StoreError(str(error)) from error
         self.uri = uri
@@ -188,7 +190,7 @@ class Store:
         # A server decides itself where artifacts go: our paths may mean nothing on its machine.
         location = None if urlparse(self.uri).scheme in ("http", "https") else str(artifact_location)
         try:
-            return self._client.get_experiment(self._client.create_experiment(name, artifact_location=location))
+            return self._client.get_experiment(self._client.create_experiment(name, location, _EXPERIMENT_TAGS))
         except MlflowException as error:
             other = self._client.get_experiment_by_name(name)
             if other is None:
