@@ -38,7 +38,7 @@ def install(
 ) -> None:
     """Lay down a distribution as pip would: a module and its dist-info."""
     (site / f"{module}.py").write_text(source)
-    info = site / f"{dist}-{version}.dist-info"
+    info = site / f"{dist.replace('-', '_')}-{version}.dist-info"
     info.mkdir()
     (info / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {dist}\nVersion: {version}\n")
     lines = [f"{name} = {value}" for name, value in entries.items()]
