@@ -35,5 +35,8 @@ lint: $(VENV)/.installed-dev
 	$(BIN)/ruff format --check sslbench plugins tests
 	$(BIN)/mypy
 
+docs: $(VENV)/.installed
+	$(BIN)/python -m sslbench.report.reference docs/reference
+
 clean:
 	rm -rf $(DEMO) build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache

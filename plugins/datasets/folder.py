@@ -38,6 +38,7 @@ class FolderOptions(Options):
     mean: tuple[float, float, float] = (0.485, 0.456, 0.406)
     """Per channel, in [0, 1]; the default is ImageNet's."""
     std: tuple[float, float, float] = (0.229, 0.224, 0.225)
+    """Per channel, in units of [0, 1]."""
 
 
 class FolderSource(Source):

@@ -39,11 +39,15 @@ class LinearConfig(EvalOptions):
     optimizer: Literal["sgd", "lars"] = "sgd"
     """`lars`: weight and bias of each head are scaled by their trust ratios, as in the SCRL evaluation."""
     momentum: float = Field(0.9, ge=0, lt=1)
+    """Momentum of both optimisers."""
     nesterov: bool = False
+    """Nesterov's momentum."""
     weight_decay: float = Field(0.0, ge=0)
+    """Of weights and biases alike."""
     trust: float = Field(1e-3, gt=0)
     """LARS trust coefficient."""
     epochs: int = Field(100, ge=1)
+    """Passes over the training images."""
     train_batch: int = Field(256, ge=1)
     """Images in a training batch of the classifiers, over all devices."""
     warmup_epochs: float = Field(0.0, ge=0)

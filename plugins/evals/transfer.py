@@ -15,6 +15,7 @@ class Target(Options):
     """A data set to transfer to. Its name alone is enough where it needs no options."""
 
     name: str
+    """Name of a data set plugin."""
     options: dict[str, Any] = {}  # noqa: RUF012
     """Options of the data set, such as `root`."""
 

@@ -30,11 +30,13 @@ class TrainOptions(Options):
     """The length and the machinery of training."""
 
     epochs: int = Field(20, ge=1)
+    """Passes over the training images."""
     batch_size: int = Field(128, ge=2)
     """Images in the global batch, over all devices. The last partial batch of an epoch is dropped."""
     limit: int | None = cosmetic(None, ge=1)
     """Stop after this many steps; the run is stamped as limited and kept out of reports."""
     device: Literal["auto", "cpu", "cuda"] = cosmetic("auto")
+    """`auto`: CUDA if torch sees a device, else the CPU."""
     precision: Literal["auto", "fp32", "bf16"] = "auto"
     """`auto`: bf16 autocast on CUDA devices that support it, fp32 elsewhere."""
     compile: bool = False
@@ -53,15 +55,19 @@ class OptimOptions(Options):
     """Optimiser and learning-rate schedule."""
 
     name: Literal["sgd", "lars", "adamw", "adam"] = "adamw"
+    """Which optimiser; `lars` is momentum SGD with layer-wise rates."""
     lr: float = Field(1e-3, gt=0)
     """Learning rate per `lr_per` images of the global batch; the effective value is logged too."""
     lr_per: int | None = Field(None, ge=1)
     """Linear scaling: effective lr = lr * batch_size / lr_per; unset: lr is used as it is."""
     momentum: float = Field(0.9, ge=0, lt=1)
+    """sgd and lars."""
     nesterov: bool = False
+    """sgd and lars: Nesterov's momentum."""
     betas: tuple[float, float] = (0.9, 0.999)
     """adam and adamw."""
     weight_decay: float = Field(1e-4, ge=0)
+    """Of all parameters that `exclude` does not name."""
     exclude: Literal["1d", "bn-bias-names", "none"] = "1d"
     """Parameters without weight decay and LARS scaling: `1d`: all vectors (biases and normalisation);
     `bn-bias-names`: names containing "bn" or "bias", the rule the SCRL code shipped, which misses some scales."""
@@ -72,6 +78,7 @@ class OptimOptions(Options):
     lars_norm: Literal["joint", "separate"] = "joint"
     """LARS denominator: `joint`: |g + wd*w| (BYOL authors); `separate`: |g| + wd*|w| (torchlars, SCRL)."""
     schedule: Literal["cosine", "constant", "step"] = "cosine"
+    """What happens to the learning rate after the warm-up."""
     warmup_epochs: float = Field(0.0, ge=0)
     """Linear warm-up. All schedules advance per step with fractional epochs; the first step is 1/steps."""
     final_lr: float = Field(0.0, ge=0)
@@ -79,6 +86,7 @@ class OptimOptions(Options):
     milestones: tuple[float, ...] = (0.5, 0.75)
     """Step: fractions of the run after which the rate is multiplied by `gamma`."""
     gamma: float = Field(0.1, gt=0)
+    """Step: the factor at each milestone."""
 
 
 class DataOptions(Options):
@@ -111,7 +119,9 @@ class ProbeOptions(Options):
     images: int = cosmetic(2000, ge=10)
     """How many training images feed a probe; at most half as many validation images."""
     linear: bool = cosmetic(True)
+    """Classify by ridge regression in closed form."""
     knn: bool = cosmetic(True)
+    """Classify by 20 nearest neighbours."""
 
 
 class CheckpointOptions(Options):

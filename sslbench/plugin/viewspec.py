@@ -15,8 +15,11 @@ class Jitter(Options):
     p: float = Field(0.8, ge=0, le=1)
     """Probability that an image is jittered."""
     brightness: float = Field(0.4, ge=0)
+    """Strength s of the brightness factor."""
     contrast: float = Field(0.4, ge=0)
+    """Strength s of the contrast factor."""
     saturation: float = Field(0.4, ge=0)
+    """Strength s of the saturation factor."""
     hue: float = Field(0.1, ge=0, le=0.5)
     """Largest hue shift as a fraction of the colour circle."""
 
@@ -64,6 +67,7 @@ class ViewSpec(Options):
     gray: float = Field(0.0, ge=0, le=1)
     """Probability of greyscale."""
     blur: Blur | None = None
+    """Blur, of one strength per image."""
     solarize: float = Field(0.0, ge=0, le=1)
     """Probability of inverting all pixels at or above 128 of 255."""
 

@@ -85,6 +85,8 @@ def list_runs(root: Path, as_json: bool) -> None:
 
 def show_plugin(catalog: Catalog, registry: Registry, kind: Kind, name: str, as_json: bool) -> None:
     """A plugin's origin, documentation, options and the recipes that use it."""
+    from sslbench.report.describe import describe_options, nested_models
+
     entry = catalog.find(kind, name)
     cls = catalog.load(kind, name)
     options = describe_options(cls.Config)
@@ -97,10 +99,9 @@ def show_plugin(catalog: Catalog, registry: Registry, kind: Kind, name: str, as_
     console = out()
     console.print(f"[bold]{entry.name}[/bold]  {kind} of {entry.distribution} {entry.version}  ({entry.module})")
     console.print(escape(_module_doc(cls)))
-    table = _table(f"options (write {_prefix(kind, name)}KEY=VALUE)", "key", "type", "default", "meaning")
-    for row in options:
-        table.add_row(*(escape(str(row[column])) for column in ("key", "type", "default", "meaning")))
-    console.print(table)
+    console.print(_option_table(f"options (write {_prefix(kind, entry.name)}KEY=VALUE)", options))
+    for model in nested_models(cls.Config):
+        console.print(_option_table(model.__name__, describe_options(model)))
     if recipes:
         console.print(f"recipes: {', '.join(recipes)}")
 
@@ -143,6 +144,7 @@ def print_tree(tree: Mapping[str, Any], as_json: bool) -> None:
 def print_explained(composed: Composed, as_json: bool) -> None:
     """Every value with its origin."""
     from sslbench.config.tree import flatten
+    from sslbench.report.describe import as_yaml
 
     rows = [
         {"key": key, "value": value, "origin": composed.origins.get(key, "default")}
@@ -155,13 +157,14 @@ def print_explained(composed: Composed, as_json: bool) -> None:
     table = _table(f"configuration {composed.hash()}", "key", "value", "origin")
     for row in rows:
         style = "dim" if row["origin"] == "default" else None
-        table.add_row(row["key"], escape(str(row["value"])), row["origin"], style=style)
+        table.add_row(row["key"], escape(as_yaml(row["value"])), row["origin"], style=style)
     out().print(table)
 
 
 def print_plan(composed: Composed, as_json: bool) -> None:
     """What a pretraining command would do."""
     from sslbench.engine.schedule import peak_lr
+    from sslbench.report.describe import as_yaml
 
     core = composed.core
     plan = {
@@ -172,9 +175,9 @@ def print_plan(composed: Composed, as_json: bool) -> None:
         "epochs": core.train.epochs,
         "global batch": core.train.batch_size,
         "optimizer": core.optim.name,
-        "learning rate": f"{core.optim.lr} per {core.optim.lr_per or 'batch'}, "
-        f"{peak_lr(core.optim, core.train.batch_size):.6g} effective",
-        "views": len(composed.method.cfg.views),  # type: ignore[attr-defined]
+        "learning rate": f"{peak_lr(core.optim, core.train.batch_size):.6g}"
+        + (f" ({core.optim.lr:g} per {core.optim.lr_per} images)" if core.optim.lr_per else ""),
+        "views": sum(spec.count for spec in composed.method.cfg.views),  # type: ignore[attr-defined]
         "seed": core.run.seed,
         "evaluations": list(core.run.evals),
         "config hash": composed.hash(),
@@ -183,7 +186,7 @@ def print_plan(composed: Composed, as_json: bool) -> None:
         print_json({"plan": plan, "config": composed.tree})
         return
     for key, value in plan.items():
-        out().print(f"{key:>14}  {escape(str(value))}")
+        out().print(f"{key:>14}  {'-' if value is None else escape(as_yaml(value))}")
 
 
 def print_outcome(outcome: Outcome, as_json: bool) -> None:
@@ -250,25 +253,6 @@ def print_sync(report: SyncReport) -> None:
             console.print(f"  refused by the store: {escape(refused)}")
 
 
-def describe_options(model: type[Any], prefix: str = "") -> list[dict[str, str]]:
-    """Rows (key, type, default, meaning) of an option model, nested models included."""
-    from sslbench.config.tree import plain
-
-    rows = []
-    for name, field in model.model_fields.items():
-        default = "required" if field.is_required() else str(plain(field.get_default(call_default_factory=True)))
-        meaning = " ".join((field.description or "").split())
-        rows.append(
-            {
-                "key": f"{prefix}{name}",
-                "type": _type_name(field.annotation),
-                "default": default,
-                "meaning": meaning,
-            }
-        )
-    return rows
-
-
 def _eval_table(outcomes: Sequence[EvalOutcome]) -> Table:
     table = _table(None, "protocol", "data set", "metric", "value")
     for outcome in outcomes:
@@ -276,6 +260,14 @@ def _eval_table(outcomes: Sequence[EvalOutcome]) -> Table:
             head = (f"{outcome.protocol} v{outcome.version}", outcome.dataset) if number == 0 else ("", "")
             style = "bold" if name == outcome.primary else None
             table.add_row(*head, name, f"{value:.4g}" if abs(value) < 1 else f"{value:.2f}", style=style)
+    return table
+
+
+def _option_table(title: str, options: Sequence[Mapping[str, Any]]) -> Table:
+    columns = ("key", "type", "default", "meaning")
+    table = _table(title, *columns)
+    for row in options:
+        table.add_row(*(escape(str(row[column])) for column in columns))
     return table
 
 
@@ -295,11 +287,3 @@ def _module_doc(cls: type[Any]) -> str:
 
     module = inspect.getmodule(cls)
     return inspect.cleandoc((module.__doc__ if module else None) or cls.__doc__ or "")
-
-
-def _type_name(annotation: Any) -> str:
-    if isinstance(annotation, type):
-        return annotation.__name__
-    return (
-        str(annotation).replace("typing.", "").replace("sslbench.plugin.viewspec.", "").replace("NoneType", "None")
-    )
