@@ -150,6 +150,8 @@ def test_a_saved_configuration_composes_to_itself(tmp_path: Path) -> None:
     assert differences_from_saved(again, file) == []
     changed = composed("train.epochs=4", "method.views.0.gray=0.4")
     assert differences_from_saved(changed, file) == ["train.epochs: 3 -> 4"]
+    without = composed("train.epochs=3", "method.views.0.jitter=null")
+    assert any("method.views.0.jitter.p" in row for row in differences_from_saved(without, file))
 
 
 def test_eval_options_are_checked_before_training() -> None:

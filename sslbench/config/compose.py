@@ -73,10 +73,14 @@ class Composed:
 
     def essence(self) -> dict[str, Any]:
         """Dotted keys and values that can change the pretrained weights."""
+        return self.essence_of(self.tree)
+
+    def essence_of(self, tree: Tree) -> dict[str, Any]:
+        """The same of another configuration of the same plugins."""
         models = {"method": self.method.cfg, "backbone": self.backbone.cfg, "dataset": self.dataset.cfg}
         models |= {name: getattr(self.core, name) for name in CORE_SECTIONS}
         skip = {f"{section}.{name}" for section, model in models.items() for name in _cosmetic_fields(model)}
-        flat = dict(flatten(self.tree))
+        flat = dict(flatten(tree))
         return {
             key: value
             for key, value in flat.items()
@@ -261,6 +265,4 @@ def _without_other_plugins(layers: Sequence[Layer], names: Mapping[Kind, str]) -
 
 def differences_from_saved(composed: Composed, saved: Path) -> list[str]:
     """Rows for every option that changes results and differs from a run's saved config.yaml."""
-    before = dict(flatten(read_config_file(saved).values))
-    now = composed.essence()
-    return differences({key: before.get(key) for key in now}, now)
+    return differences(composed.essence_of(read_config_file(saved).values), composed.essence())
