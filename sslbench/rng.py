@@ -77,7 +77,11 @@ class Draws:
     def __len__(self) -> int:
         return len(self.positions)
 
-    def uniform(self, stream: str, *shape: int) -> Tensor:
-        """float32 ``[B, *shape]`` in [0, 1), the same for the same (seed, step, position, stream)."""
+    def uniform(self, stream: str, *shape: int, device: torch.device | None = None) -> Tensor:
+        """float32 ``[B, *shape]`` in [0, 1), the same for the same (seed, step, position, stream).
+
+        They are computed on ``device`` (None: where the positions are); every device gives the same numbers.
+        """
         key = derive_seed(self.seed, self.step, stream)
-        return hash_uniform(key, self.positions, math.prod(shape)).reshape(len(self), *shape)
+        positions = self.positions if device is None else self.positions.to(device, non_blocking=True)
+        return hash_uniform(key, positions, math.prod(shape)).reshape(len(self), *shape)

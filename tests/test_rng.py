@@ -162,3 +162,11 @@ def test_seeds_are_distinct_and_fit_torch():
     assert len(seeds) == 800
     assert all(0 <= seed < 1 << 63 for seed in seeds)
     assert derive_seed(1, 23) != derive_seed(12, 3)
+
+
+def test_a_batch_draws_on_its_own_device() -> None:
+    draws = Draws(3, 5, torch.arange(4))
+    moved = draws.uniform("s", 2, 3, device=torch.device("meta"))
+    assert moved.device.type == "meta"
+    assert moved.shape == (4, 2, 3)
+    assert torch.equal(draws.uniform("s", 2, 3, device=torch.device("cpu")), draws.uniform("s", 2, 3))

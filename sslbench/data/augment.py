@@ -35,7 +35,8 @@ def adjust_brightness(images: Tensor, factor: Tensor) -> Tensor:
 
 def adjust_contrast(images: Tensor, factor: Tensor) -> Tensor:
     """Scale around the mean brightness of each image; ``factor`` is ``[B]``."""
-    mean = images.mean(dim=(2, 3)) @ images.new_tensor(LUMA)
+    red, green, blue = images.mean(dim=(2, 3)).unbind(1)
+    mean = red * LUMA[0] + green * LUMA[1] + blue * LUMA[2]
     return (images * _per_image(factor)).add_(_per_image((1 - factor) * mean)).clamp_(0, 1)
 
 

@@ -159,8 +159,9 @@ class TrainLoader:
             yield self._batch(views, decoded.samples, draws)
 
     def _batch(self, views: tuple[View, ...], index: Tensor, draws: Draws) -> Batch:
-        labels = None if self._targets is None else self._targets[index].to(self.device)
-        return Batch(views=views, index=index.to(self.device), draws=draws, labels=labels)
+        # A blocking copy would wait until the device has finished the step before.
+        labels = None if self._targets is None else self._targets[index].to(self.device, non_blocking=True)
+        return Batch(views, index.to(self.device, non_blocking=True), draws, labels)
 
 
 def _replacements(samples: Tensor, unreadable: set[int], total: int) -> Tensor | None:

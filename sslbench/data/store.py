@@ -89,7 +89,7 @@ class ResidentStore:
     def take(self, index: Tensor) -> Tensor:
         """uint8 ``[B,3,H,W]`` on the training device; ``index`` is int64 ``[B]`` on the CPU."""
         if self.pixels.device.type == self.device.type:
-            return self.pixels[index.to(self.device)]
+            return self.pixels[index.to(self.device, non_blocking=True)]
         return self.pixels[index].pin_memory().to(self.device, non_blocking=True)
 
 

@@ -59,13 +59,16 @@ def choose_device(options: TrainOptions) -> torch.device:
 def choose_bf16(options: TrainOptions, device: torch.device) -> bool:
     """Whether to autocast to bfloat16."""
     if options.precision == "auto":
-        return device.type == "cuda" and torch.cuda.is_bf16_supported()
+        # An older GPU emulates bf16, slower than fp32.
+        return device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
     return options.precision == "bf16"
 
 
 def prepare_torch(options: TrainOptions) -> None:
     """Process-wide switches of torch; called once, by a run, never on import."""
     torch.use_deterministic_algorithms(options.deterministic, warn_only=True)
+    # Filling every new tensor with NaN, which comes along, changes no result and takes a seventh of a CPU step.
+    torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
     torch.backends.cudnn.deterministic = options.deterministic
     torch.backends.cudnn.benchmark = not options.deterministic
 

@@ -71,7 +71,7 @@ class Batch:
     def uniform(self, *shape: int) -> Tensor:
         """float32 ``[B, *shape]`` in [0, 1): a pure function of (seed, step, sample position, call number)."""
         self._uses += 1
-        return self.draws.uniform(f"method/{self._uses}", *shape).to(self.index.device)
+        return self.draws.uniform(f"method/{self._uses}", *shape, device=self.index.device)
 
 
 class Features(NamedTuple):
