@@ -3,8 +3,9 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 DEMO := demo-run
+SSLBENCH := $(CURDIR)/$(BIN)/sslbench
 
-.PHONY: demo test slow lint docs clean install
+.PHONY: demo test slow lint docs clean install test-install
 
 install: $(VENV)/.installed
 test-install: $(VENV)/.installed-dev
@@ -21,8 +22,18 @@ $(VENV)/.installed-dev: pyproject.toml | $(BIN)/python
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[dev]'
 	touch $@ $(VENV)/.installed
 
+# Real runs on the digits that come with the installation; every number is computed here and now.
 demo: $(VENV)/.installed
-	sh benchmarks/demo.sh $(CURDIR)/$(BIN)/sslbench $(DEMO)
+	rm -rf $(DEMO) && mkdir $(DEMO)
+	cd $(DEMO) && $(SSLBENCH) pretrain --recipe demo/random
+	cd $(DEMO) && $(SSLBENCH) pretrain --recipe demo/scrl run.name=scrl
+	cd $(DEMO) && $(SSLBENCH) eval transfer scrl datasets=[digits]
+	cd $(DEMO) && $(SSLBENCH) pretrain --recipe demo/byol
+	cd $(DEMO) && $(SSLBENCH) pretrain --recipe demo/supervised
+	cd $(DEMO) && $(SSLBENCH) compare
+	@echo
+	@echo "Look at the runs:  cd $(DEMO) && ../$(BIN)/mlflow ui    then open http://127.0.0.1:5000"
+	@echo "Go on:             cd $(DEMO) && ../$(BIN)/sslbench pretrain --recipe demo/simclr --seeds 1,2,3"
 
 test: $(VENV)/.installed-dev lint
 	$(BIN)/python -m pytest -q -m 'not slow and not gpu' -n 2

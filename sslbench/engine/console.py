@@ -63,13 +63,21 @@ class Console:
 
 
 class _Eta:
+    """Time left at the rate of the last lines: the first steps of a run are no measure of the others."""
+
     def __init__(self, start: int, total: int) -> None:
-        self.start, self.total, self.began = start, total, time.monotonic()
+        self.total = total
+        self.last = (start, time.monotonic())
+        self.rate: float | None = None
 
     def at(self, step: int) -> str:
-        rate = (time.monotonic() - self.began) / max(1, step - self.start)
-        seconds = round(rate * (self.total - step))
-        minutes, rest = divmod(seconds, 60)
+        before, then = self.last
+        now = time.monotonic()
+        if step > before:
+            rate = (now - then) / (step - before)
+            self.rate = rate if self.rate is None else 0.7 * self.rate + 0.3 * rate
+            self.last = (step, now)
+        minutes, rest = divmod(round((self.rate or 0.0) * (self.total - step)), 60)
         hours, minutes = divmod(minutes, 60)
         return f"{hours}:{minutes:02d}:{rest:02d}" if hours else f"{minutes}:{rest:02d}"
 

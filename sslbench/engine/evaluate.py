@@ -19,7 +19,10 @@ from sslbench.errors import ConfigError
 from sslbench.evaluation.job import EvaluationJob, evaluation_dir, run_protocol
 from sslbench.plugin.api import Dataset, EvalProtocol
 from sslbench.plugin.catalog import Catalog
-from sslbench.tracking import ParentRef, RunRecord, Tracker, headline
+from sslbench.report.compare import compare
+from sslbench.report.results import load_results
+from sslbench.report.table import to_markdown
+from sslbench.tracking import ParentRef, RunRecord, Tracker, describe_experiment, headline
 
 FEATURE_CACHE = ".features"
 RESULT = "result.json"
@@ -163,7 +166,15 @@ def evaluate_run(plan: EvalPlan, catalog: Catalog, console: Console) -> EvalOutc
         job.write_report(RESULT, _result(plan, outcome, dataset, meta, tracker.run_id))
     values = {f"{outcome.key}/{name}": value for name, value in metrics.items()}
     headline(plan.run_dir, values, step=meta.step, log=console.info)
+    _update_overview(plan, console)
     return outcome
+
+
+def _update_overview(plan: EvalPlan, console: Console) -> None:
+    """The comparison of all models of the experiment, above its list of runs in MLflow."""
+    root = Path(plan.record.root)
+    same = [result for result in load_results(root) if result.experiment == plan.record.experiment]
+    describe_experiment(plan.run_dir, to_markdown(compare(same)), log=console.info)
 
 
 def _plan(

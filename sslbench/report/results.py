@@ -64,6 +64,7 @@ class RunResult:
     run_dir: Path
     run_id: str
     name: str
+    experiment: str
     status: str
     started: float
     method: str
@@ -110,6 +111,7 @@ def _run_result(record: Mapping[str, Any], run_dir: Path) -> RunResult:
         run_dir=run_dir,
         run_id=str(record["run_id"]),
         name=str(record["name"]),
+        experiment=str(record.get("experiment", "")),
         status=str(record.get("status", "")),
         started=float(record.get("started", 0.0)),
         method=tags.get("method", "?"),

@@ -3,7 +3,7 @@
 from sslbench.tracking.push import SyncReport, run_directories, sync
 from sslbench.tracking.record import ParentRef, RunRecord
 from sslbench.tracking.store import check_store, resolve_tracking_uri
-from sslbench.tracking.tracker import Tracker, headline
+from sslbench.tracking.tracker import Tracker, describe_experiment, headline
 
 __all__ = [
     "ParentRef",
@@ -11,6 +11,7 @@ __all__ = [
     "SyncReport",
     "Tracker",
     "check_store",
+    "describe_experiment",
     "headline",
     "resolve_tracking_uri",
     "run_directories",

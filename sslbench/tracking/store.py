@@ -246,6 +246,13 @@ class Store:
             with _translated():
                 self._client.log_batch(run_id, tags=chunk, synchronous=True)
 
+    def describe_experiment(self, name: str, text: str) -> None:
+        """Markdown that the page of an experiment shows above its runs."""
+        with _translated():
+            found = self._client.get_experiment_by_name(name)
+            if found is not None:
+                self._client.set_experiment_tag(found.experiment_id, "mlflow.note.content", text)
+
     def log_dataset(self, run_id: str, name: str, digest: str, context: str) -> None:
         """Record which data a run read, by name and digest."""
         from mlflow.data.code_dataset_source import CodeDatasetSource

@@ -212,6 +212,18 @@ def headline(run_dir: Path, metrics: Mapping[str, float], *, log: Log, step: int
     sender.stop(_FLUSH_LIMIT_S)
 
 
+def describe_experiment(run_dir: Path, text: str, *, log: Log) -> None:
+    """Show a Markdown text above the runs of the experiment that a run belongs to."""
+    record = RunRecord.load(run_dir)
+    store = _connect(record.tracking_uri, log)
+    if store is None:
+        return
+    try:
+        store.describe_experiment(record.experiment, text)
+    except (StoreError, RejectedError) as error:
+        log(f"the overview of experiment '{record.experiment}' was not updated: {error}")
+
+
 def _announce(record: RunRecord, log: Log) -> tuple[Store | None, SyncState]:
     """Create the run in the store and take over its id; without a store the local id stays."""
     state = SyncState()
