@@ -135,17 +135,21 @@ def pretrain(
         return
     _prepare_environment()
     from sslbench.engine.console import Console
+    from sslbench.engine.launch import joined_world
     from sslbench.engine.worker import pretrain as run_pretraining
     from sslbench.report.show import print_outcome
 
     initial = _run_directory(session, init_from) if init_from else None
     exit_code = 0
-    for composed, resumed in runs:
-        outcome = run_pretraining(
-            composed, session.catalog, session.runs, Console(), resume=resumed, init_from=initial
-        )
-        print_outcome(outcome, as_json)
-        exit_code = exit_code or outcome.exit_code
+    with joined_world(runs[0][0].core.train) as reports:
+        for composed, resumed in runs:
+            console = Console(quiet=not reports)
+            outcome = run_pretraining(
+                composed, session.catalog, session.runs, console, resume=resumed, init_from=initial
+            )
+            if reports:
+                print_outcome(outcome, as_json)
+            exit_code = exit_code or outcome.exit_code
     if exit_code:
         raise typer.Exit(exit_code)
 
@@ -168,13 +172,17 @@ def evaluate(
     _prepare_environment()
     from sslbench.engine.console import Console
     from sslbench.engine.evaluate import evaluate_run, plan_evaluation
+    from sslbench.engine.launch import joined_world
     from sslbench.report.show import print_evaluation, print_tree
 
     plan = plan_evaluation(session.catalog, _run_directory(session, run), protocol, dataset, items)
     if dry_run:
         print_tree(plan.tree(), as_json)
         return
-    print_evaluation(evaluate_run(plan, session.catalog, Console()), as_json)
+    with joined_world(plan.train) as reports:
+        outcome = evaluate_run(plan, session.catalog, Console(quiet=not reports))
+        if reports:
+            print_evaluation(outcome, as_json)
 
 
 @app.command("list")

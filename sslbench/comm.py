@@ -31,6 +31,19 @@ def world() -> int:
     return dist.get_world_size() if is_active() else 1
 
 
+def join(device: torch.device) -> None:
+    """Enter the world that RANK, WORLD_SIZE, MASTER_ADDR and MASTER_PORT describe, to train on ``device``."""
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    # Signals and other host values travel through gloo, so that asking for them never waits for the device.
+    dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo")
+
+
+def leave() -> None:
+    """Leave the world; each process is then one of its own."""
+    dist.destroy_process_group()
+
+
 class _Gather(torch.autograd.Function):
     """Concatenate rows of all ranks; the backward sums the gradients all ranks have for our rows."""
 

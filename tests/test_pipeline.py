@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import Cli
+from PIL import Image
 
 SMALL = (
     "--dataset", "digits", "--backbone", "conv4", "train.batch_size=64", "probe.images=200",
@@ -22,6 +23,10 @@ CPU_TIMING = ("perf/",)
 
 def run_dir(root: Path, name: str) -> Path:
     return (root / "runs" / name).resolve()
+
+
+def tags(directory: Path) -> dict[str, str]:
+    return json.loads((directory / "run.json").read_text())["tags"]
 
 
 def weights(directory: Path) -> dict[str, torch.Tensor]:
@@ -117,6 +122,21 @@ def test_init_from_starts_from_the_other_runs_weights(cli: Cli, workdir: Path) -
     learned = [key for key in a if key.endswith("weight")]
     assert learned
     assert all(torch.allclose(a[key], b[key], atol=1e-6) for key in learned)
+    cli("pretrain", "--method", "simclr", *SMALL, *tiny[:-1], "run.name=scratch")
+    groups = [tags(run_dir(workdir, name))["sslbench.group_hash"] for name in ("next", "scratch")]
+    assert groups[0] != groups[1], "compare would average them"
+
+
+def test_resume_refuses_other_images(cli: Cli, workdir: Path) -> None:
+    folder = workdir / "photos"
+    folder.mkdir()
+    for number in range(12):
+        Image.new("RGB", (16, 16), (20 * number, 0, 0)).save(folder / f"{number:02d}.png")
+    options = ("--dataset", "folder", f"dataset.root={folder}", "--backbone", "conv4", "train.batch_size=4")
+    cli("pretrain", *options, "train.epochs=2", "--limit", "2", "--no-evals", "run.name=first", "data.workers=0")
+    Image.new("RGB", (16, 16), (0, 0, 99)).save(folder / "03.png")
+    done = cli("pretrain", "--resume", "first", "train.limit=null", check=4)
+    assert "are not those the run began with" in done.stderr
 
 
 def test_limited_runs_stay_out_of_reports(cli: Cli) -> None:

@@ -8,12 +8,14 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from sslbench import comm
 from sslbench.config.compose import Composed, read_config_file
 from sslbench.config.schema import DataOptions, TrainOptions
 from sslbench.config.tree import Tree, parse_overrides, plain
 from sslbench.config.validate import validate_section
 from sslbench.engine import checkpoint
 from sslbench.engine.console import Console
+from sslbench.engine.launch import open_tracker
 from sslbench.engine.setup import choose_device
 from sslbench.errors import ConfigError
 from sslbench.evaluation.job import EvaluationJob, evaluation_dir, run_protocol
@@ -165,8 +167,9 @@ def evaluate_run(plan: EvalPlan, catalog: Catalog, console: Console) -> EvalOutc
         tracker.summary(metrics)
         job.write_report(RESULT, _result(plan, outcome, dataset, meta, tracker.run_id))
     values = {f"{outcome.key}/{name}": value for name, value in metrics.items()}
-    headline(plan.run_dir, values, step=meta.step, log=console.info)
-    _update_overview(plan, console)
+    if comm.rank() == 0:
+        headline(plan.run_dir, values, step=meta.step, log=console.info)
+        _update_overview(plan, console)
     return outcome
 
 
@@ -222,7 +225,7 @@ def _open_tracker(plan: EvalPlan, dataset: Dataset, console: Console) -> Tracker
         "sslbench.seed": str(plan.seed),
         "sslbench.protocol": f"{plan.protocol.name}.v{plan.protocol.version}",
     }
-    tracker = Tracker.open(
+    tracker = open_tracker(
         root=Path(plan.record.root),
         name=f"{plan.protocol.name}-{dataset.key}-of-{plan.record.name}",
         kind="eval",

@@ -21,12 +21,14 @@ from sslbench.engine import checkpoint
 from sslbench.engine.checkpoint import BackboneMeta, CheckpointMeta
 from sslbench.engine.console import Console
 from sslbench.engine.evaluate import EvalOutcome, evaluate_run, plan_after_pretraining
+from sslbench.engine.launch import open_tracker
 from sslbench.engine.loop import Loop, Meter
 from sslbench.engine.optim import build_optimizer
 from sslbench.engine.setup import Parts, build_parts, prepare_torch
-from sslbench.errors import CheckpointError, ConfigError, ExitCode, PreemptedError, SslbenchError
+from sslbench.errors import CheckpointError, ConfigError, DataError, ExitCode, PreemptedError, SslbenchError
 from sslbench.evaluation.probes import OnlineProbes, collapse_warning
 from sslbench.plugin.catalog import Catalog
+from sslbench.rng import derive_seed
 from sslbench.tracking import Tracker
 
 
@@ -69,9 +71,8 @@ def pretrain(
     if resume is not None:
         _check_same_config(composed, resume)
     parts = build_parts(composed, console.info)
-    if init_from is not None:
-        _initialise(parts, init_from, catalog)
-    tracker = _open_tracker(composed, parts, root, console, resume)
+    start = _initialise(parts, init_from, catalog, console) if init_from else ""
+    tracker = _open_tracker(composed, parts, root, console, resume, start)
     stop = StopSignal()
     with tracker.closing(), stop.listening():
         steps = _train(composed, catalog, parts, tracker, console, stop, resume)
@@ -157,6 +158,11 @@ class RunObserver:
             self.console.warn(warning)
 
     def save(self, step: int, meter: Mapping[str, Any]) -> None:
+        if comm.rank() == 0:
+            self._save(step, meter)
+        comm.barrier()  # nobody looks for a checkpoint that is still being written
+
+    def _save(self, step: int, meter: Mapping[str, Any]) -> None:
         state = {
             "step": step,
             "method": self.parts.method.state_dict(),
@@ -181,6 +187,8 @@ class RunObserver:
 
     def _tell(self, hook: str, **arguments: Any) -> None:
         """Observers must not be able to end a run."""
+        if comm.rank() > 0:
+            return
         try:
             getattr(self.plugins.hook, hook)(run_dir=self.tracker.run_dir, **arguments)
         except Exception as error:  # noqa: BLE001 - a foreign observer may fail in any way
@@ -280,6 +288,7 @@ def _data_parallel(parts: Parts) -> torch.nn.Module:
 
 def _restore(parts: Parts, optimizer: torch.optim.Optimizer, run_dir: Path, console: Console) -> Meter:
     path = checkpoint.latest(run_dir, console.warn)
+    _check_same_images(parts, checkpoint.read_meta(path, verify=False), run_dir)
     state = checkpoint.load_tensors(path / checkpoint.STATE)
     parts.method.load_state_dict(state["method"])
     optimizer.load_state_dict(state["optimizer"])
@@ -289,8 +298,19 @@ def _restore(parts: Parts, optimizer: torch.optim.Optimizer, run_dir: Path, cons
     return Meter.restore(state["meter"], parts.device)
 
 
-def _initialise(parts: Parts, run_dir: Path, catalog: Catalog) -> None:
-    backbone, meta = checkpoint.load_backbone(checkpoint.latest(run_dir, print), catalog)
+def _check_same_images(parts: Parts, meta: CheckpointMeta, run_dir: Path) -> None:
+    """Paths are not part of the configuration's hash, so another data set may lie where the old one was."""
+    if parts.dataset.fingerprint() != meta.dataset_fingerprint:
+        raise DataError(
+            f"--resume {run_dir.name}: the images or labels of '{parts.dataset.key}' are not "
+            "those the run began with",
+            hint="bring the data back, or start a new run with --init-from",
+        )
+
+
+def _initialise(parts: Parts, run_dir: Path, catalog: Catalog, console: Console) -> str:
+    """Load the backbone of another run and return what identifies its weights."""
+    backbone, meta = checkpoint.load_backbone(checkpoint.latest(run_dir, console.warn), catalog)
     own = parts.method.export()
     try:
         own.load_state_dict(backbone.state_dict())
@@ -300,6 +320,7 @@ def _initialise(parts: Parts, run_dir: Path, catalog: Catalog) -> None:
             f"'{type(own).name}': {str(error).splitlines()[1].strip()}",
             hint=f"pass --backbone {meta.backbone.name}",
         ) from error
+    return meta.sha256[checkpoint.BACKBONE]
 
 
 def _check_same_config(composed: Composed, run_dir: Path) -> None:
@@ -312,8 +333,14 @@ def _check_same_config(composed: Composed, run_dir: Path) -> None:
         )
 
 
-def _open_tracker(composed: Composed, parts: Parts, root: Path, console: Console, resume: Path | None) -> Tracker:
+def _open_tracker(
+    composed: Composed, parts: Parts, root: Path, console: Console, resume: Path | None, start: str
+) -> Tracker:
+    """``start`` identifies the weights the run starts from, if it does not draw them."""
     core = composed.core
+    precision = "bf16" if parts.bf16 else "fp32"
+    # Runs whose results may be averaged differ by chance only: also the same images, start and precision.
+    group = (composed.group_hash(), parts.dataset.fingerprint(), start, precision)
     tags = {
         "sslbench.method": composed.method.name,
         "sslbench.dataset": parts.dataset.key,
@@ -322,11 +349,14 @@ def _open_tracker(composed: Composed, parts: Parts, root: Path, console: Console
         "sslbench.epochs": str(core.train.epochs if composed.method.cls.trains else 0),
         "sslbench.recipe": composed.recipe or "",
         "sslbench.config_hash": composed.hash(),
-        "sslbench.group_hash": composed.group_hash(),
+        "sslbench.group_hash": f"{derive_seed(*group):016x}",
+        "sslbench.start": start,
+        "sslbench.precision": precision,
+        "sslbench.world": str(comm.world()),
         "sslbench.limited": str(core.train.limit is not None).lower(),
         "sslbench.uses_labels": str(composed.method.cls.uses_labels).lower(),
     }
-    tracker = Tracker.open(
+    tracker = open_tracker(
         root=root,
         name=core.run.name or _default_name(composed, parts),
         kind="pretrain",
