@@ -29,7 +29,7 @@ from sslbench.errors import CheckpointError, ConfigError, DataError, ExitCode, P
 from sslbench.evaluation.probes import OnlineProbes, collapse_warning
 from sslbench.plugin.catalog import Catalog
 from sslbench.rng import derive_seed
-from sslbench.tracking import Tracker
+from sslbench.tracking import RunRecord, Tracker
 
 
 @dataclass
@@ -328,7 +328,7 @@ def _check_same_config(composed: Composed, run_dir: Path) -> None:
     if rows:
         listed = "\n".join(f"  {row}" for row in rows)
         raise ConfigError(
-            f"--resume {run_dir.name}: these options differ from the run's own\n{listed}",
+            f"--resume {RunRecord.load(run_dir).name}: these options differ from the run's own\n{listed}",
             hint="drop them to continue this run, or start a new one with --init-from",
         )
 

@@ -186,7 +186,8 @@ def print_plan(composed: Composed, as_json: bool) -> None:
         print_json({"plan": plan, "config": composed.tree})
         return
     for key, value in plan.items():
-        out().print(f"{key:>14}  {'-' if value is None else escape(as_yaml(value))}")
+        shown = value if isinstance(value, str) else as_yaml(value)
+        out().print(f"{key:>14}  {'-' if value is None else escape(shown)}")
 
 
 def print_outcome(outcome: Outcome, as_json: bool) -> None:
@@ -237,6 +238,9 @@ def print_comparison(root: Path, selectors: Sequence[str], registry: Registry | 
     if as_json:
         judged = [{"recipe": v.row.recipe, **v.reference.model_dump(), "verdict": v.verdict} for v in verdicts]
         print_json({**to_json(comparison), "verdicts": judged})
+        return
+    if not (comparison.rows or comparison.remarks):
+        out().print(f"there is no run in {root} to compare; train one: sslbench pretrain --method simclr")
         return
     out().print(render_table(comparison))
     if registry:

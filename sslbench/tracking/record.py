@@ -89,7 +89,7 @@ class RunRecord(_JsonFile):
         except FileNotFoundError:
             raise ConfigError(
                 f"{run_dir} is not a run directory: it has no run.json",
-                hint="name a folder under the one that run.dir names (runs/ unless it was set)",
+                hint="sslbench list runs   shows all of them",
             ) from None
         except (ValueError, TypeError, AttributeError) as error:
             raise ConfigError(f"{run_dir / 'run.json'} is damaged: {error}") from None
