@@ -302,7 +302,7 @@ def _check_same_images(parts: Parts, meta: CheckpointMeta, run_dir: Path) -> Non
     """Paths are not part of the configuration's hash, so another data set may lie where the old one was."""
     if parts.dataset.fingerprint() != meta.dataset_fingerprint:
         raise DataError(
-            f"--resume {run_dir.name}: the images or labels of '{parts.dataset.key}' are not "
+            f"--resume {RunRecord.load(run_dir).name}: the images or labels of '{parts.dataset.key}' are not "
             "those the run began with",
             hint="bring the data back, or start a new run with --init-from",
         )
