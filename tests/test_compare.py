@@ -16,7 +16,7 @@ from sslbench.config.registry import Reference
 from sslbench.errors import SslbenchError
 from sslbench.report.compare import compare, judge
 from sslbench.report.results import load_results
-from sslbench.report.table import render_table, render_verdicts, to_csv, to_json, to_markdown
+from sslbench.report.table import overview, render_table, render_verdicts, to_csv, to_json, to_markdown
 
 KEY = "eval/test.v1/toy/top1"
 
@@ -155,6 +155,14 @@ def test_test_columns_come_first_and_all_renderings_agree(tmp_path: Path) -> Non
     table = render_table(comparison)
     assert [column.justify for column in table.columns[-3:]] == ["right"] * 3
     assert str(table.columns[-3].header).splitlines() == ["test v1", "toy", "top1 ↑"]
+
+
+def test_an_overview_ranks_in_its_first_line(tmp_path: Path) -> None:
+    for method, top1 in (("byol", 60.0), ("simclr", 70.0)):
+        write_run(tmp_path, method=method, top1=top1)
+    text = overview(compare(load_results(tmp_path)))
+    assert text.splitlines()[0] == "test v1, toy, top1: **simclr** 70.00 > **byol** 60.00"
+    assert overview(compare([])) == "No finished evaluation yet."
 
 
 def test_references_judge_recipes(tmp_path: Path) -> None:

@@ -23,7 +23,7 @@ from sslbench.plugin.api import Dataset, EvalProtocol
 from sslbench.plugin.catalog import Catalog
 from sslbench.report.compare import compare
 from sslbench.report.results import load_results
-from sslbench.report.table import to_markdown
+from sslbench.report.table import overview
 from sslbench.tracking import ParentRef, RunRecord, Tracker, describe_experiment, headline
 
 FEATURE_CACHE = ".features"
@@ -177,7 +177,7 @@ def _update_overview(plan: EvalPlan, console: Console) -> None:
     """The comparison of all models of the experiment, above its list of runs in MLflow."""
     root = Path(plan.record.root)
     same = [result for result in load_results(root) if result.experiment == plan.record.experiment]
-    describe_experiment(plan.run_dir, to_markdown(compare(same)), log=console.info)
+    describe_experiment(plan.run_dir, overview(compare(same)), log=console.info)
 
 
 def _plan(

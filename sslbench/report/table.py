@@ -42,6 +42,18 @@ def to_markdown(comparison: Comparison) -> str:
     return "\n".join([*lines, *(f"\n{remark}" for remark in comparison.remarks)]) + "\n"
 
 
+def overview(comparison: Comparison) -> str:
+    """Markdown whose first line ranks the models by the first column, followed by the whole table."""
+    if not comparison.columns or not comparison.rows:
+        return "No finished evaluation yet."
+    column = comparison.columns[0]
+    scored = [(row, cell) for row in comparison.rows if (cell := row.cells.get(column)) is not None]
+    scored.sort(key=lambda pair: pair[1].mean, reverse=column.direction == "max")
+    ranking = " > ".join(f"**{row.method}** {cell}" for row, cell in scored[:_RANKED])
+    line = f"{column.protocol} v{column.version}, {column.dataset}, {column.metric}: {ranking}"
+    return f"{line}\n\n{to_markdown(comparison)}"
+
+
 def to_csv(comparison: Comparison) -> str:
     """Mean, standard deviation and number of seeds of every cell, for spreadsheets."""
     text = io.StringIO()
@@ -91,6 +103,8 @@ def render_verdicts(verdicts: Sequence[Verdict]) -> Table:
 
 
 _VERDICT_STYLE = {"reproduced": "green", "above": "cyan", "below": "red", "missing": "dim"}
+#: How many models the first line of an overview names.
+_RANKED = 8
 _FACTS = ("method", "backbone", "pretrained on", "epochs", "seeds")
 
 
