@@ -92,9 +92,10 @@ def match_boxes(
     crops = Crop.of(first), Crop.of(second)
     shared = overlap(*crops, side)
     rectangles = _candidates(shared.extent, sampling, min_size, uniform)
-    views = [project(rectangles, shared, crop, side) for crop in crops]
-    chosen = first_distinct(views[0].clamp(0, side), sampling.iou_threshold)
-    boxes = [view.take_along_dim(chosen[:, :, None, None], dim=2).squeeze(2) for view in views]
+    tried = project(rectangles, shared, crops[0], side).clamp_(0, side)
+    chosen = first_distinct(tried, sampling.iou_threshold)[:, :, None, None]
+    rectangles = rectangles.take_along_dim(chosen, dim=2).squeeze(2)
+    boxes = [project(rectangles, shared, crop, side) for crop in crops]
     if sampling.jitter:
         boxes[1] = jittered(boxes[1], 1 + sampling.jitter * (2 * uniform(sampling.per_image, 4) - 1))
     valid = (shared.extent > min_size).all(dim=1)
