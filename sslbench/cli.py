@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import os
 import sys
 import traceback
@@ -13,7 +14,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from sslbench import __version__
-from sslbench.errors import ConfigError, ExitCode, SslbenchError
+from sslbench.errors import ConfigError, ExitCode, PreemptedError, SslbenchError, described
 from sslbench.plugin.catalog import KINDS, Catalog, Kind
 
 if TYPE_CHECKING:
@@ -173,13 +174,15 @@ def evaluate(
     from sslbench.engine.console import Console
     from sslbench.engine.evaluate import evaluate_run, plan_evaluation
     from sslbench.engine.launch import joined_world
+    from sslbench.engine.stopping import stopping_at_once
     from sslbench.report.show import print_evaluation, print_tree
 
     plan = plan_evaluation(session.catalog, _run_directory(session, run), protocol, dataset, items)
     if dry_run:
         print_tree(plan.tree(), as_json)
         return
-    with joined_world(plan.train) as reports:
+    stopping = stopping_at_once("features computed so far are kept", "give the same command again")
+    with joined_world(plan.train) as reports, stopping:
         outcome = evaluate_run(plan, session.catalog, Console(quiet=not reports))
         if reports:
             print_evaluation(outcome, as_json)
@@ -359,28 +362,38 @@ def _report(error: SslbenchError) -> None:
         console.print(Text.assemble(("  Next: ", "bold"), error.hint), soft_wrap=True)
 
 
-def main() -> None:
-    """Run the command line and turn every error into a message and its exit code."""
+def run(arguments: list[str] | None = None) -> int:
+    """Run one command, turn every error into a message, and return the exit code.
+
+    Args:
+        arguments: words after ``sslbench``; unset: those of this process.
+    """
     try:
-        app()
-    except SslbenchError as error:
-        _report(error)
-        sys.exit(error.exit_code)
+        app(arguments)
+    except SystemExit as finished:  # Typer ends every command with one
+        return finished.code if isinstance(finished.code, int) else ExitCode.OK
     except KeyboardInterrupt:
-        sys.exit(ExitCode.INTERRUPTED)
+        _report(PreemptedError("interrupted", hint="what was finished is kept; give the same command again"))
+        return ExitCode.INTERRUPTED
     except BrokenPipeError:
         # The reader of a listing (head, less) went away: not an error of ours.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        sys.exit(ExitCode.OK)
+        return ExitCode.OK
     except Exception as error:  # noqa: BLE001 - the last line of defence against a bare traceback
         if os.environ.get("SSLBENCH_DEBUG"):
             traceback.print_exc()
-        problem = SslbenchError(
-            f"unexpected {type(error).__name__}: {error}",
-            hint="run again with SSLBENCH_DEBUG=1 for the traceback; this is a bug of sslbench or a plugin",
-        )
+        problem = described(error)
         _report(problem)
-        sys.exit(ExitCode.UNEXPECTED)
+        return problem.exit_code
+    return ExitCode.OK
+
+
+def main() -> None:
+    """The command ``sslbench``."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):  # a name with an umlaut on an ASCII terminal is no error
+            stream.reconfigure(errors="backslashreplace")
+    sys.exit(run())
 
 
 if __name__ == "__main__":

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import errno
+import shutil
 from collections.abc import Iterable
 from difflib import get_close_matches
 from enum import IntEnum
+from pathlib import Path
 
 
 class ExitCode(IntEnum):
@@ -81,6 +84,64 @@ class PreemptedError(SslbenchError):
 
     exit_code = ExitCode.PREEMPTED
     title = "Preempted"
+
+
+#: What the operating system says when it does not let us write, and what to do about it.
+_WRITE_FAILURES = {
+    errno.ENOSPC: "the disk is full",
+    errno.EDQUOT: "the disk quota is used up",
+    errno.EFBIG: "the file is larger than allowed here",
+    errno.EROFS: "the file system is read-only",
+    errno.EACCES: "no permission",
+    errno.ENOTDIR: "a part of this path is a file, not a folder",
+    errno.EIO: "the disk does not work properly",
+}
+
+
+def write_failure(error: BaseException, path: Path | None = None) -> str | None:
+    """Why ``path`` could not be written, in words; None if the error is another one.
+
+    torch reports a failed write as RuntimeError without a number, so the disk itself is asked then.
+    """
+    reason = _WRITE_FAILURES.get(getattr(error, "errno", None) or 0)
+    return reason or ("the disk is full" if path and _is_full(path) else None)
+
+
+def _is_full(path: Path) -> bool:
+    folder = next((parent for parent in path.parents if parent.exists()), Path("/"))
+    return shutil.disk_usage(folder).free < 1 << 20
+
+
+class StorageError(SslbenchError):
+    """Files of a run could not be written."""
+
+    exit_code = ExitCode.CHECKPOINT
+    title = "Storage error"
+
+    @classmethod
+    def of(cls, error: OSError) -> StorageError | None:
+        """The message for an error of the operating system; None if it is not about storage."""
+        reason = write_failure(error)
+        if reason is None:
+            return None
+        where = f"{error.filename}: " if error.filename else ""
+        return cls(
+            f"{where}{reason}; what was finished before is kept",
+            hint="free some space or name another folder (sslbench --runs FOLDER ...) and give the same command "
+            "again; a training run continues with: sslbench pretrain --resume last",
+        )
+
+
+def described(error: Exception) -> SslbenchError:
+    """Any error as one with a message, an exit code and what to do next."""
+    if isinstance(error, SslbenchError):
+        return error
+    storage = StorageError.of(error) if isinstance(error, OSError) else None
+    notes = "".join(f"; {note}" for note in getattr(error, "__notes__", ()))
+    return storage or SslbenchError(
+        f"unexpected {type(error).__name__}: {error}{notes}",
+        hint="run again with SSLBENCH_DEBUG=1 for the traceback; this is a bug of sslbench or a plugin",
+    )
 
 
 def did_you_mean(word: str, known: Iterable[str]) -> str:

@@ -9,7 +9,7 @@ from torch import Tensor
 from sslbench.config.schema import DataOptions
 from sslbench.data.loader import EvalLoader, TrainLoader, rank_share
 from sslbench.data.sources import ArraySource
-from sslbench.data.store import DecodedStore, ResidentStore, open_store
+from sslbench.data.store import DecodedStore, ResidentStore, Unreadable, open_store
 from sslbench.data.views import ViewExecutor
 from sslbench.errors import ConfigError, DataError
 from sslbench.plugin.api import Batch, Source
@@ -249,9 +249,23 @@ def test_evaluation_of_files_equals_evaluation_of_resident_pixels(workers):
     assert ((a - b).abs() * STD[0] * 255).max() < 1.6
 
 
-def test_evaluation_neither_skips_nor_replaces():
+def test_evaluation_neither_skips_nor_replaces_unless_told():
     with pytest.raises(DataError, match="cannot read image 3"):
         _evaluate(VariedSource(9, frozenset({3})), torch.arange(9))
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_evaluation_leaves_out_as_many_unreadable_images_as_allowed(workers):
+    source, lines = VariedSource(9, frozenset({3, 8})), []
+    whole, _ = _evaluate(VariedSource(9), torch.arange(9))
+    images, index = _evaluate(
+        source, torch.arange(9), workers=workers, batch_size=1, unreadable=Unreadable(source, 2, lines.append)
+    )
+    assert index.tolist() == [0, 1, 2, 4, 5, 6, 7]
+    assert torch.allclose(images, whole[index], atol=1e-5)
+    assert len(lines) == 2
+    with pytest.raises(DataError, match="2 unreadable"):
+        _evaluate(source, torch.arange(9), unreadable=Unreadable(source, 1, lines.append))
 
 
 def test_an_empty_share_yields_nothing(source):

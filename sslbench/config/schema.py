@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from typing import Literal
 
 from pydantic import Field, field_validator, model_validator
@@ -24,6 +25,18 @@ class RunOptions(Options):
     """Evaluations that run after pretraining, in this order; empty: none. Options go under `evals.NAME`."""
     note: str | None = cosmetic(None)
     """Free text shown with the run."""
+
+    @field_validator("name", "experiment")
+    @classmethod
+    def _fits_everywhere(cls, value: str | None) -> str | None:
+        """Names become folders, links and words on the command line."""
+        if value is not None and not re.fullmatch(r"\w[\w .:+-]{0,99}", value):
+            raise ValueError(
+                "must be 1 to 100 letters, digits and any of _ . : + - or space, and start with a letter"
+            )
+        if value == "last":
+            raise ValueError("'last' stands for the newest run")
+        return value
 
 
 class TrainOptions(Options):

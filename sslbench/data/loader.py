@@ -6,6 +6,7 @@ the first one, and the number of ranks changes only who computes which rows.
 
 from __future__ import annotations
 
+import logging
 import time
 from collections.abc import Iterator, Sequence
 from functools import lru_cache
@@ -14,12 +15,14 @@ import torch
 from torch import Tensor
 
 from sslbench.data.decoding import Chunk, Decoded, Decoder, decode, default_workers
-from sslbench.data.store import ResidentStore, Store, next_sample
+from sslbench.data.store import ResidentStore, Store, Unreadable, next_sample
 from sslbench.data.views import ViewExecutor
 from sslbench.errors import ConfigError, DataError
 from sslbench.plugin.api import Batch, Source, View
 from sslbench.plugin.viewspec import ViewSpec
 from sslbench.rng import Draws, derive_seed
+
+logger = logging.getLogger(__name__)
 
 
 def rank_share(total: int, rank: int, world: int) -> range:
@@ -190,6 +193,8 @@ def _to_device(tensor: Tensor, device: torch.device) -> Tensor:
 class EvalLoader:
     """Un-augmented images of a split in order, without padding; ranks get uneven shares.
 
+    An unreadable image is left out, never replaced: a result must not count another image in its place.
+
     Args:
         source: the images.
         indices: int64 ``[M]``, the samples to use, in this order.
@@ -202,6 +207,7 @@ class EvalLoader:
         channels_last: memory layout of the images.
         interpolation: ``bilinear`` or ``bicubic``.
         rank, world: this process and how many there are.
+        unreadable: takes note of unreadable images; None: none is tolerated.
     """
 
     def __init__(
@@ -220,9 +226,11 @@ class EvalLoader:
         interpolation: str = "bicubic",
         rank: int = 0,
         world: int = 1,
+        unreadable: Unreadable | None = None,
     ) -> None:
         self.source = source
         self.device = torch.device(device)
+        self.unreadable = unreadable or Unreadable(source, 0, logger.info)
         rows = rank_share(len(indices), rank, world)
         self._parts = torch.split(indices[rows.start : rows.stop], batch_size)
         self._workers = default_workers() if workers is None else workers
@@ -237,7 +245,7 @@ class EvalLoader:
         """Yield normalised images ``[B,3,S,S]`` and their int64 sample numbers ``[B]``, both on the device.
 
         Raises:
-            DataError: an image is unreadable. An evaluation neither skips nor replaces images.
+            DataError: more images are unreadable than tolerated.
         """
         parts = [part for part in self._parts if len(part)]
         pixels = self.source.pixels()
@@ -256,10 +264,8 @@ class EvalLoader:
         decoder = Decoder(self.source, torch.cat(self._parts), self.views, seed=0)
         chunks = (Chunk(0, part, part) for part in parts)
         for part, decoded in zip(parts, decode(decoder, chunks, self._workers), strict=True):
-            if decoded.unreadable:
-                raise DataError(
-                    "unreadable image in an evaluation split: " + "; ".join(decoded.unreadable.values()),
-                    hint="repair or remove the file",
-                )
+            self.unreadable.add(decoded.unreadable)
             view = finish_decoded(self.views, decoded, Draws(0, 0, part), self.device)[0]
-            yield view.images, part.to(self.device)
+            shown = (decoded.samples == part).to(self.device)
+            if bool(shown.any()):
+                yield view.images[shown], part.to(self.device)[shown]

@@ -12,12 +12,13 @@ folder, because that format's index is a pickle.
 
 from __future__ import annotations
 
-import errno
 import hashlib
 import json
 import os
 import pickle
+import shlex
 import shutil
+import warnings
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, cast
@@ -27,7 +28,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 
 from sslbench.config.options import Options
 from sslbench.config.validate import validate_section
-from sslbench.errors import CheckpointError
+from sslbench.errors import CheckpointError, write_failure
 from sslbench.plugin.api import Backbone
 from sslbench.plugin.catalog import Catalog
 
@@ -114,11 +115,13 @@ def latest(run_dir: Path, log: Callable[[str], None]) -> Path:
     pointed = _pointed(run_dir)
     if pointed in candidates:
         candidates = [pointed, *(c for c in candidates if c.name < pointed.name)]
+    elif pointed is not None:
+        log(f"checkpoint {pointed}, named by {LATEST}, is not there or has no {META}; looking for another one")
     for candidate in candidates:
         try:
             read_meta(candidate, verify=True)
         except CheckpointError as error:
-            log(f"{error.message}; trying the checkpoint before it")
+            log(f"{error.message}; looking for one before it")
             continue
         return candidate
     damaged = f"; {len(candidates)} damaged" if candidates else ""
@@ -138,23 +141,39 @@ def read_meta(path: Path, *, verify: bool) -> CheckpointMeta:
     """
     try:
         meta = CheckpointMeta.model_validate_json((path / META).read_text(encoding="utf-8"))
-    except (OSError, ValidationError, UnicodeDecodeError) as error:
+    except ValidationError as error:
+        found = f"{META} is damaged or foreign ({error.error_count()} entries missing or wrong)"
+        raise CheckpointError(f"checkpoint {path} cannot be read: {found}") from error
+    except (OSError, UnicodeDecodeError) as error:
         raise CheckpointError(f"checkpoint {path} cannot be read ({META}): {_first_line(error)}") from error
     if verify:
-        for name, digest in meta.sha256.items():
-            file = path / name
-            if not file.is_file():
-                raise CheckpointError(f"checkpoint {path} is damaged: {name} is missing")
-            if _digest(file) != digest:
-                raise CheckpointError(f"checkpoint {path} is damaged: {name} does not match its SHA-256")
+        _verify(path, meta.sha256)
     return meta
+
+
+def _verify(path: Path, digests: Mapping[str, str]) -> None:
+    if BACKBONE not in digests:
+        raise CheckpointError(f"checkpoint {path} is damaged: {META} lists no SHA-256 of {BACKBONE}")
+    for name, digest in digests.items():
+        file = path / name
+        if not file.is_file():
+            raise CheckpointError(f"checkpoint {path} is damaged: {name} is missing")
+        if _digest(file) != digest:
+            raise CheckpointError(f"checkpoint {path} is damaged: {name} does not match its SHA-256")
 
 
 def load_tensors(file: Path) -> dict[str, Any]:
     """Read a file of tensors and plain values on the CPU; no code in it is ever executed."""
     try:
-        return cast("dict[str, Any]", torch.load(file, map_location="cpu", weights_only=True))
-    except (OSError, RuntimeError, pickle.UnpicklingError, EOFError, ValueError) as error:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", UserWarning)  # about pickle protocols of foreign files
+            return cast("dict[str, Any]", torch.load(file, map_location="cpu", weights_only=True))
+    except pickle.UnpicklingError as error:  # torch would advise to load it without this protection
+        raise CheckpointError(
+            f"{file} cannot be read: it is damaged, or holds more than tensors and plain values and could run code"
+        ) from error
+    # A damaged archive makes torch raise nearly anything.
+    except Exception as error:
         raise CheckpointError(f"{file} cannot be loaded: {_first_line(error)}") from error
 
 
@@ -170,12 +189,12 @@ def load_backbone(path: Path, catalog: Catalog) -> tuple[Backbone, CheckpointMet
     cfg: Options = validate_section(cls.Config, meta.backbone.options, "backbone", str(path / META))
     backbone: Backbone = cls(cfg, meta.backbone.image_size)
     weights = load_tensors(path / BACKBONE)
-    missing, unexpected = backbone.load_state_dict(weights, strict=False)
-    if missing or unexpected:
+    try:
+        backbone.load_state_dict(weights)
+    except (RuntimeError, TypeError, AttributeError) as error:
         raise CheckpointError(
-            f"{path / BACKBONE} does not fit backbone '{meta.backbone.name}': "
-            f"missing {missing[:5]}, unexpected {unexpected[:5]}"
-        )
+            f"{path / BACKBONE} does not fit backbone '{meta.backbone.name}': {details(error)}"
+        ) from error
     return backbone, meta
 
 
@@ -190,16 +209,22 @@ def prune(run_dir: Path, keep: int, keep_epochs: int | None) -> list[Path]:
         The deleted folders.
     """
     deleted = []
-    for path in list_checkpoints(run_dir)[:-keep]:
-        if keep_epochs and _epoch(path) % keep_epochs == 0:
+    newest = _pointed(run_dir)
+    # Later ones are what a resumed run has passed over as damaged: they must not crowd out good ones.
+    known = [path for path in list_checkpoints(run_dir) if newest is None or path.name <= newest.name]
+    for path in known[:-keep]:
+        if keep_epochs and (epoch := _epoch(path)) is not None and epoch % keep_epochs == 0:
             continue
         shutil.rmtree(path, ignore_errors=True)
         deleted.append(path)
     return deleted
 
 
-def _epoch(path: Path) -> int:
-    return read_meta(path, verify=False).epoch
+def _epoch(path: Path) -> int | None:
+    try:
+        return read_meta(path, verify=False).epoch
+    except CheckpointError:
+        return None
 
 
 def _write_tensors(file: Path, content: Mapping[str, Any]) -> str:
@@ -232,11 +257,11 @@ def _point_latest(path: Path) -> None:
     os.replace(fresh, pointer)
 
 
-def _pointed(run_dir: Path) -> Path:
+def _pointed(run_dir: Path) -> Path | None:
     try:
         return run_dir / FOLDER / str(json.loads((run_dir / FOLDER / LATEST).read_text(encoding="utf-8")))
     except (OSError, ValueError):
-        return run_dir / FOLDER / "nothing"
+        return None
 
 
 def _digest(file: Path) -> str:
@@ -245,18 +270,19 @@ def _digest(file: Path) -> str:
 
 
 def _write_failure(path: Path, error: BaseException) -> CheckpointError:
-    full = getattr(error, "errno", None) == errno.ENOSPC or _disk_is_full(path)
-    reason = "the disk is full" if full else _first_line(error)
+    reason = write_failure(error, path) or _first_line(error)
     return CheckpointError(
         f"checkpoint {path} could not be written: {reason}; earlier checkpoints are untouched",
-        hint="free some space or move the runs folder (--runs), then: sslbench pretrain --resume RUN",
+        hint=f"free some space, then: sslbench pretrain --resume {shlex.quote(str(path.parent.parent))}",
     )
 
 
-def _disk_is_full(path: Path) -> bool:
-    """torch.save reports a failed write as RuntimeError without an errno."""
-    folder = next((parent for parent in path.parents if parent.exists()), Path("/"))
-    return shutil.disk_usage(folder).free < 1 << 20
+def details(error: BaseException) -> str:
+    """What load_state_dict found, without its heading; the first findings will do."""
+    if isinstance(error, KeyError):
+        return f"it has no entry {error}"
+    lines = [line.strip() for line in str(error).strip().splitlines()]
+    return " ".join(lines[1:3] or lines)[:400]
 
 
 def _first_line(error: BaseException) -> str:

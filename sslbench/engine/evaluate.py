@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import logging
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -25,6 +27,8 @@ from sslbench.report.compare import compare
 from sslbench.report.results import load_results
 from sslbench.report.table import overview
 from sslbench.tracking import ParentRef, RunRecord, Tracker, describe_experiment, headline
+
+logger = logging.getLogger(__name__)
 
 FEATURE_CACHE = ".features"
 RESULT = "result.json"
@@ -78,6 +82,10 @@ class EvalOutcome:
         """Prefix of its metrics on the pretraining run."""
         return f"eval/{self.protocol}.v{self.version}/{self.dataset}"
 
+    def headline(self) -> dict[str, float]:
+        """Its metrics under the names they have on the pretraining run."""
+        return {f"{self.key}/{name}": value for name, value in self.metrics.items()}
+
 
 def plan_evaluation(
     catalog: Catalog, run_dir: Path, protocol: str, dataset: str | None, items: list[str]
@@ -106,9 +114,35 @@ def plan_after_pretraining(
     cls = catalog.load("eval", protocol)
     if dataset.info.task == "unlabelled":
         return f"{dataset.key} has no labels; name a labelled one: sslbench eval {protocol} RUN --dataset NAME"
+    if len(dataset.info.classes) < 2:
+        return f"{dataset.key} has one class only: {dataset.info.classes[0]}"
     if "test" in cls.splits and "test" not in dataset.info.splits:
         return f"{dataset.key} has no test split"
     return _plan(catalog, run_dir, protocol, {name: {} for name in _SECTIONS}, {}, "recipe")
+
+
+def finished_result(plan: EvalPlan, dataset_key: str) -> EvalOutcome | None:
+    """The result that this very evaluation of the newest checkpoint has already, such as before a resume."""
+    out_dir = evaluation_dir(plan.run_dir, plan.protocol.name, dataset_key)
+    try:
+        found = json.loads((out_dir / RESULT).read_text(encoding="utf-8"))
+        newest = checkpoint.read_meta(checkpoint.list_checkpoints(plan.run_dir)[-1], verify=False)
+        same = found["config"] == json.loads(json.dumps(plan.tree()))
+        if not same or found["checkpoint_sha256"] != newest.sha256[checkpoint.BACKBONE]:
+            return None
+        outcome = EvalOutcome(
+            found["protocol"],
+            found["version"],
+            found["dataset"],
+            found["metrics"],
+            found["primary"],
+            out_dir,
+            found["seconds"],
+        )
+    except (OSError, ValueError, KeyError, TypeError, IndexError):
+        return None
+    headline(plan.run_dir, outcome.headline(), step=newest.step, log=logger.info)
+    return outcome
 
 
 def evaluate_run(plan: EvalPlan, catalog: Catalog, console: Console) -> EvalOutcome:
@@ -165,10 +199,10 @@ def evaluate_run(plan: EvalPlan, catalog: Catalog, console: Console) -> EvalOutc
             children,
         )
         tracker.summary(metrics)
-        job.write_report(RESULT, _result(plan, outcome, dataset, meta, tracker.run_id))
-    values = {f"{outcome.key}/{name}": value for name, value in metrics.items()}
+        report = _result(plan, outcome, dataset, meta, tracker.run_id)
+        job.write_report(RESULT, report | {"unreadable": job.unreadable})
     if comm.rank() == 0:
-        headline(plan.run_dir, values, step=meta.step, log=console.info)
+        headline(plan.run_dir, outcome.headline(), step=meta.step, log=console.info)
         _update_overview(plan, console)
     return outcome
 
@@ -225,6 +259,7 @@ def _open_tracker(plan: EvalPlan, dataset: Dataset, console: Console) -> Tracker
         "sslbench.seed": str(plan.seed),
         "sslbench.protocol": f"{plan.protocol.name}.v{plan.protocol.version}",
     }
+    fingerprint = dataset.fingerprint()
     tracker = open_tracker(
         root=Path(plan.record.root),
         name=f"{plan.protocol.name}-{dataset.key}-of-{plan.record.name}",
@@ -236,7 +271,7 @@ def _open_tracker(plan: EvalPlan, dataset: Dataset, console: Console) -> Tracker
         tags=tags,
         log=console.info,
     )
-    tracker.dataset(dataset.key, dataset.fingerprint(), plan.protocol.name)
+    tracker.dataset(dataset.key, fingerprint, plan.protocol.name)
     return tracker
 
 

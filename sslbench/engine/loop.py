@@ -265,15 +265,15 @@ class Loop:
             first = max(self.plan.start_step, done - self.core.train.log_every) + 1
             raise DivergedError(
                 f"not finite between steps {first} and {done}: {bad}; learning rate {self._lr(done - 1):.4g}",
-                hint="resume from the last checkpoint with a lower optim.lr, a longer optim.warmup_epochs or "
-                "train.clip_grad",
+                hint="start again with a lower optim.lr, a longer optim.warmup_epochs or train.clip_grad",
             )
 
     def _check_finite_weights(self, done: int) -> None:
-        """Never replace a good checkpoint by one whose loss was already lost between two log lines."""
+        """Never replace a good checkpoint by one that was already lost between two log lines."""
         if self.meter.count:
-            loss = float(self.meter.sums["loss"])
-            self._check_finite(done, {"train/loss": loss})
+            self._check_finite(done, {"train/loss": float(self.meter.sums["loss"])})
+        largest = torch.stack([p.detach().abs().amax() for p in self.method.parameters() if p.numel()]).amax()
+        self._check_finite(done, {"weights": float(largest)})
 
 
 def _memory_mb() -> float:

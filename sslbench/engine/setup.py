@@ -18,7 +18,7 @@ from sslbench.data.splits import eval_split
 from sslbench.data.store import open_store
 from sslbench.data.views import ViewExecutor, expand
 from sslbench.engine.loop import Plan
-from sslbench.errors import ConfigError, LaunchError, PluginError
+from sslbench.errors import ConfigError, DataError, LaunchError, PluginError
 from sslbench.plugin.api import Backbone, Build, Dataset, Method, Source, ViewSpec
 from sslbench.rng import derive_seed
 
@@ -197,6 +197,11 @@ def _make_loader(
 def _training_images(composed: Composed, dataset: Dataset) -> tuple[Source, torch.Tensor | None]:
     """All images of the pretraining split; a method that sees labels must not see those of ``val``."""
     if composed.method.cls.uses_labels:
+        if dataset.info.task == "unlabelled":
+            raise DataError(
+                f"method '{composed.method.name}' learns from labels, and {dataset.key} has none",
+                hint="sslbench list datasets, or another method: sslbench list methods",
+            )
         return eval_split(dataset, "train", composed.core.data.val_fraction)
     return dataset.split(dataset.info.pretrain_split), None
 

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import signal
+import shlex
 import time
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from types import FrameType
 from typing import Any
 
 import pluggy
@@ -20,12 +18,13 @@ from sslbench.config.tree import plain
 from sslbench.engine import checkpoint
 from sslbench.engine.checkpoint import BackboneMeta, CheckpointMeta
 from sslbench.engine.console import Console
-from sslbench.engine.evaluate import EvalOutcome, evaluate_run, plan_after_pretraining
+from sslbench.engine.evaluate import EvalOutcome, evaluate_run, finished_result, plan_after_pretraining
 from sslbench.engine.launch import open_tracker
 from sslbench.engine.loop import Loop, Meter
 from sslbench.engine.optim import build_optimizer
 from sslbench.engine.setup import Parts, build_parts, prepare_torch
-from sslbench.errors import CheckpointError, ConfigError, DataError, ExitCode, PreemptedError, SslbenchError
+from sslbench.engine.stopping import StopSignal, stopped_by, stopping_at_once
+from sslbench.errors import CheckpointError, ConfigError, DataError, DivergedError, PreemptedError, described
 from sslbench.evaluation.probes import OnlineProbes, collapse_warning
 from sslbench.plugin.catalog import Catalog
 from sslbench.rng import derive_seed
@@ -70,45 +69,18 @@ def pretrain(
     prepare_torch(composed.core.train)
     if resume is not None:
         _check_same_config(composed, resume)
-    parts = build_parts(composed, console.info)
-    start = _initialise(parts, init_from, catalog, console) if init_from else ""
-    tracker = _open_tracker(composed, parts, root, console, resume, start)
+    with stopping_at_once("training had not begun", "give the same command again"):
+        parts = build_parts(composed, console.info)
+        start = _initialise(parts, init_from, catalog, console) if init_from else ""
+        tracker = _open_tracker(composed, parts, root, console, resume, start)
     stop = StopSignal()
     with tracker.closing(), stop.listening():
         steps = _train(composed, catalog, parts, tracker, console, stop, resume)
     outcome = Outcome(tracker.run_dir, tracker.run_id, tracker.name, steps, time.monotonic() - started)
-    _evaluate(composed, catalog, parts, outcome, console)
+    rest = f"sslbench pretrain --resume {shlex.quote(tracker.name)}   runs the evaluations that are left"
+    with stopping_at_once("the model and finished evaluations are kept", rest):
+        _evaluate(composed, catalog, parts, outcome, console)
     return outcome
-
-
-@dataclass
-class StopSignal:
-    """Set by SIGTERM, SIGUSR1 (a scheduler wants the machine back) or SIGINT."""
-
-    received: int | None = None
-
-    @contextmanager
-    def listening(self) -> Iterator[None]:
-        previous = {
-            number: signal.signal(number, self._receive)
-            for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
-        }
-        try:
-            yield
-        finally:
-            for number, handler in previous.items():
-                signal.signal(number, handler)
-
-    def _receive(self, number: int, frame: FrameType | None) -> None:
-        if self.received == signal.SIGINT == number:
-            raise KeyboardInterrupt  # a second Ctrl-C does not wait for the step to end
-        self.received = number
-
-    def agreed(self) -> bool:
-        """Whether any rank was asked to stop; all ranks get the same answer."""
-        if comm.world() == 1:
-            return self.received is not None
-        return bool(comm.all_sum(torch.tensor(float(self.received is not None))))
 
 
 class RunObserver:
@@ -263,21 +235,25 @@ def _train(
     console.begin(composed.method.name, parts.plan.start_step, parts.plan.stop_step)
     try:
         complete = loop.run()
+    except DivergedError as error:
+        raise _cure(error, composed, tracker) from error
     finally:
         console.end()
     if not complete:
-        raise _stopped(stop, tracker)
+        hint = f"sslbench pretrain --resume {shlex.quote(tracker.name)}"
+        raise stopped_by(stop.received, "the state is saved", hint)
     return parts.plan.stop_step
 
 
-def _stopped(stop: StopSignal, tracker: Tracker) -> SslbenchError:
-    name = signal.Signals(stop.received).name if stop.received else "another rank's signal"
-    error = PreemptedError(
-        f"stopped by {name}; the state is saved", hint=f"sslbench pretrain --resume {tracker.name}"
+def _cure(error: DivergedError, composed: Composed, tracker: Tracker) -> DivergedError:
+    """Name what is left of a diverged run and the command that starts it again."""
+    kept = checkpoint.list_checkpoints(tracker.run_dir)
+    last = f"the last good checkpoint is {kept[-1]}" if kept else "there was no checkpoint yet"
+    command = (
+        f"sslbench pretrain --config {tracker.run_dir / 'config.yaml'} optim.lr={composed.core.optim.lr / 10:g}"
     )
-    if stop.received == signal.SIGINT:
-        error.exit_code = ExitCode.INTERRUPTED
-    return error
+    start = " (with --init-from " + tracker.name + " it starts from the last good weights)" if kept else ""
+    return DivergedError(f"{error.message}; {last}", hint=f"{command}{start}, or {error.hint}")
 
 
 def _data_parallel(parts: Parts) -> torch.nn.Module:
@@ -290,12 +266,19 @@ def _restore(parts: Parts, optimizer: torch.optim.Optimizer, run_dir: Path, cons
     path = checkpoint.latest(run_dir, console.warn)
     _check_same_images(parts, checkpoint.read_meta(path, verify=False), run_dir)
     state = checkpoint.load_tensors(path / checkpoint.STATE)
-    parts.method.load_state_dict(state["method"])
-    optimizer.load_state_dict(state["optimizer"])
     assert parts.plan is not None
-    parts.plan.start_step = int(state["step"])
+    try:
+        parts.method.load_state_dict(state["method"])
+        optimizer.load_state_dict(state["optimizer"])
+        parts.plan.start_step = int(state["step"])
+        meter = Meter.restore(state["meter"], parts.device)
+    except (KeyError, TypeError, ValueError, RuntimeError, AttributeError) as error:
+        raise CheckpointError(
+            f"{path / checkpoint.STATE} does not fit this run: {checkpoint.details(error)}",
+            hint="was the method or backbone plugin changed since? sslbench info shows the installed versions",
+        ) from error
     console.info(f"Resuming after step {parts.plan.start_step} from {path}")
-    return Meter.restore(state["meter"], parts.device)
+    return meter
 
 
 def _check_same_images(parts: Parts, meta: CheckpointMeta, run_dir: Path) -> None:
@@ -317,7 +300,7 @@ def _initialise(parts: Parts, run_dir: Path, catalog: Catalog, console: Console)
     except RuntimeError as error:
         raise CheckpointError(
             f"--init-from {run_dir}: its backbone '{meta.backbone.name}' does not fit this run's "
-            f"'{type(own).name}': {str(error).splitlines()[1].strip()}",
+            f"'{type(own).name}': {checkpoint.details(error)}",
             hint=f"pass --backbone {meta.backbone.name}",
         ) from error
     return meta.sha256[checkpoint.BACKBONE]
@@ -338,9 +321,10 @@ def _open_tracker(
 ) -> Tracker:
     """``start`` identifies the weights the run starts from, if it does not draw them."""
     core = composed.core
+    fingerprint = parts.dataset.fingerprint()
     precision = "bf16" if parts.bf16 else "fp32"
     # Runs whose results may be averaged differ by chance only: also the same images, start and precision.
-    group = (composed.group_hash(), parts.dataset.fingerprint(), start, precision)
+    group = (composed.group_hash(), fingerprint, start, precision)
     tags = {
         "sslbench.method": composed.method.name,
         "sslbench.dataset": parts.dataset.key,
@@ -368,7 +352,7 @@ def _open_tracker(
         log=console.info,
         resume=resume,
     )
-    tracker.dataset(parts.dataset.key, parts.dataset.fingerprint(), "pretraining")
+    tracker.dataset(parts.dataset.key, fingerprint, "pretraining")
     return tracker
 
 
@@ -381,13 +365,21 @@ def _default_name(composed: Composed, parts: Parts) -> str:
 def _evaluate(composed: Composed, catalog: Catalog, parts: Parts, outcome: Outcome, console: Console) -> None:
     """Run the configured evaluations; one that fails does not stop the others."""
     for name in composed.core.run.evals:
-        plan = plan_after_pretraining(composed, catalog, parts.dataset, outcome.run_dir, name)
-        if isinstance(plan, str):
-            console.info(f"Skipped {name}: {plan}")
-            continue
         try:
-            outcome.evals.append(evaluate_run(plan, catalog, console))
-        except SslbenchError as error:
-            console.warn(f"{name} failed: {error.message}" + (f" (next: {error.hint})" if error.hint else ""))
+            plan = plan_after_pretraining(composed, catalog, parts.dataset, outcome.run_dir, name)
+            if isinstance(plan, str):
+                console.info(f"Skipped {name}: {plan}")
+                continue
+            outcome.evals.append(finished_result(plan, parts.dataset.key) or evaluate_run(plan, catalog, console))
+        except PreemptedError:
+            raise
+        except Exception as error:  # noqa: BLE001 - a protocol is foreign code; the model is finished and kept
             outcome.failed.append(name)
-            outcome.exit_code = int(error.exit_code)
+            outcome.exit_code = _report_failure(name, error, outcome, console)
+
+
+def _report_failure(name: str, error: Exception, outcome: Outcome, console: Console) -> int:
+    known = described(error)
+    again = known.hint or f"sslbench eval {name} {outcome.name}"
+    console.warn(f"{name} failed: {known.message} (next: {again}). The model and other evaluations are kept.")
+    return int(known.exit_code)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import logging
@@ -16,6 +17,9 @@ from torch import Tensor
 
 from sslbench import comm
 from sslbench.data.loader import EvalLoader
+from sslbench.data.store import Unreadable
+from sslbench.engine.checkpoint import load_tensors
+from sslbench.errors import CheckpointError, DataError, write_failure
 from sslbench.plugin.api import Backbone, Source
 
 logger = logging.getLogger(__name__)
@@ -71,6 +75,7 @@ def extract(
     batch_size: int,
     device: torch.device,
     workers: int | None = 0,
+    max_unreadable: int = 0,
 ) -> IndexedFeatures:
     """Pooled features of some samples, in fp32, each sample exactly once whatever the number of ranks.
 
@@ -79,6 +84,10 @@ def extract(
 
     Args:
         indices: int64 ``[N]``, samples of ``source``.
+        max_unreadable: how many of them may be left out because their files cannot be read.
+
+    Raises:
+        DataError: more images are unreadable.
     """
     loader = EvalLoader(
         source,
@@ -89,6 +98,7 @@ def extract(
         workers=workers,
         rank=comm.rank(),
         world=comm.world(),
+        unreadable=Unreadable(source, max_unreadable, logger.info),
     )
     features = [torch.empty(0, backbone.dim, device=device)]
     numbers = [torch.empty(0, dtype=torch.int64, device=device)]
@@ -97,7 +107,21 @@ def extract(
             features.append(backbone(images).pooled.float())
             numbers.append(batch_indices.to(device))
     found, order = comm.gather(torch.cat(numbers)).sort()
+    check_complete(len(indices) - len(found), max_unreadable)
     return IndexedFeatures(comm.gather(torch.cat(features))[order], found)
+
+
+def check_complete(missing: int, allowed: int) -> None:
+    """Refuse features of a split with too many unreadable images, counted over all ranks.
+
+    Raises:
+        DataError: more than ``allowed`` are missing.
+    """
+    if missing > allowed:
+        raise DataError(
+            f"{missing} images of the split cannot be read, {allowed} allowed",
+            hint=f"repair or remove the files named above, or skip them: data.max_unreadable={missing}",
+        )
 
 
 class FeatureCache:
@@ -119,13 +143,12 @@ class FeatureCache:
         if not path.exists():
             return None
         try:
-            content = torch.load(path, map_location="cpu", weights_only=True)
+            content = load_tensors(path)
             if tensor_digest(content["features"]) != content["sha256"]:
-                raise ValueError("checksum mismatch")
+                raise ValueError(f"{path} does not match its checksum")
             return IndexedFeatures(content["features"], content["indices"])
-        # A damaged archive makes torch raise nearly anything, from EOFError to UnpicklingError.
-        except Exception as error:  # noqa: BLE001
-            logger.warning("the feature cache file %s is damaged (%s); computing its features again", path, error)
+        except (CheckpointError, KeyError, TypeError, AttributeError, ValueError) as error:
+            logger.warning("the feature cache is damaged: %s; computing its features again", error)
             return None
 
     def store(self, key: Mapping[str, Any], table: IndexedFeatures) -> None:
@@ -156,5 +179,8 @@ def save_atomically(content: Any, path: Path) -> None:
             file.flush()
             os.fsync(file.fileno())
         partial.replace(path)
+    except RuntimeError as error:  # torch hides why a write failed
+        number = errno.ENOSPC if write_failure(error, path) else errno.EIO
+        raise OSError(number, os.strerror(number), str(path)) from error
     finally:
         partial.unlink(missing_ok=True)

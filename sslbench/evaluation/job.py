@@ -20,6 +20,7 @@ from sslbench.data.loader import TrainLoader
 from sslbench.data.splits import eval_split
 from sslbench.data.store import open_store
 from sslbench.data.views import ViewExecutor
+from sslbench.engine.checkpoint import load_tensors
 from sslbench.errors import CheckpointError, DivergedError, PluginError
 from sslbench.evaluation.features import (
     FeatureCache,
@@ -109,6 +110,8 @@ class EvaluationJob:
         self._cache = FeatureCache(cache_dir) if cache_dir else None
         self._log = log
         self._run_child = run_child
+        self.unreadable: dict[str, int] = {}
+        """By split, how many images could not be read and are left out of the results."""
         self._tables: dict[str, IndexedFeatures] = {}
         self._loaders: dict[str, TrainLoader] = {}
         self._digests = state_digests(self._backbone)
@@ -126,10 +129,18 @@ class EvaluationJob:
         """
         source, indices = self._open(split)
         table = self._table(self._base_split(split))
+        readable = torch.isin(indices, table.indices.cpu())
+        self._note_unreadable(split, int((~readable).sum()), len(indices))
+        indices = indices[readable]
         features = table.features
         if len(indices) < len(features):
             features = features[torch.searchsorted(table.indices, indices.to(self.device))]
         return FeatureTable(features, _labels(source)[indices].to(self.device), indices.to(self.device))
+
+    def _note_unreadable(self, split: str, count: int, total: int) -> None:
+        if count and split not in self.unreadable:
+            logger.info("%d of %d images of '%s' cannot be read and are left out", count, total, split)
+            self.unreadable[split] = count
 
     def batches(
         self, split: str, views: Sequence[ViewSpec], batch_size: int, epoch: int
@@ -179,7 +190,7 @@ class EvaluationJob:
         if not path.exists():
             raise CheckpointError(f"there is no {what} for this model ({path} does not exist)", hint=hint)
         content = _load(path, what, hint)
-        made_for = content["stamp"]
+        made_for = content.get("stamp", {})
         different = [key for key, value in self._stamp.items() if made_for.get(key) != value]
         if different:
             reason = f"{what} ({path}) was made for another {' and another '.join(different)}"
@@ -229,6 +240,8 @@ class EvaluationJob:
         key = {**self._stamp, "split": base, "precision": "fp32", "device": self.device.type}
         key |= {"indices": tensor_digest(indices), "torch": torch.__version__}
         stored = self._cache.load(key) if self._cache and comm.rank() == 0 else None
+        if stored and len(indices) - len(stored.indices) > self._data.max_unreadable:
+            stored = None  # reading the images again names those that are missing
         if comm.broadcast_object(stored is not None):
             return _share(stored, self.device)
         table = extract(
@@ -239,6 +252,7 @@ class EvaluationJob:
             batch_size=self._options.batch_size,
             device=self.device,
             workers=self._data.workers,
+            max_unreadable=self._data.max_unreadable,
         )
         if self._cache and comm.rank() == 0:
             self._cache.store(key, table)
@@ -339,10 +353,11 @@ def _labels(source: Source) -> Tensor:
 
 def _load(path: Path, what: str, hint: str) -> dict[str, Any]:
     try:
-        content: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
-    # A damaged archive makes torch raise nearly anything, from EOFError to UnpicklingError.
-    except Exception as error:
-        raise CheckpointError(f"{what} ({path}) cannot be read: {error}", hint=hint) from error
+        content = load_tensors(path)
+    except CheckpointError as error:
+        raise CheckpointError(f"{what}: {error.message}", hint=hint) from error
+    if not isinstance(content, dict):
+        raise CheckpointError(f"{what} ({path}) holds something else", hint=hint)
     return content
 
 

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from sslbench.config.schema import DataOptions, ProbeOptions
 from sslbench.data.splits import eval_split
 from sslbench.evaluation.classifiers import Neighbours, label_ranks, percent, ridge_head
-from sslbench.evaluation.features import extract
+from sslbench.evaluation.features import IndexedFeatures, extract
 from sslbench.evaluation.job import preprocessing_for
 from sslbench.nn.spectrum import effective_rank, feature_std
 from sslbench.plugin.api import Backbone, Dataset, EvalOptions, Source
@@ -47,11 +47,11 @@ class Sample:
         order = torch.randperm(len(indices), generator=torch.Generator().manual_seed(seed))
         return cls(source, indices[order[:count]].sort().values)
 
-    def labels(self, device: torch.device) -> Tensor:
-        """int64 ``[N]``"""
+    def labels(self, rows: IndexedFeatures) -> Tensor:
+        """int64 ``[N]``, of the samples that could be read."""
         targets = self.source.targets
         assert targets is not None, "only labelled samples are classified"
-        return targets[self.indices].to(device)
+        return targets[rows.indices.cpu()].to(rows.features.device)
 
 
 @contextmanager
@@ -104,6 +104,7 @@ class OnlineProbes:
         self._backbone = backbone
         self._options = options
         self._workers = data.workers
+        self._max_unreadable = data.max_unreadable
         self._device = device
         self._classes = len(dataset.info.classes)
         self._preprocessing = preprocessing_for(dataset, EvalOptions(), image_size)
@@ -121,15 +122,15 @@ class OnlineProbes:
         with untouched_randomness(self._device), torch.no_grad(), eval_mode(backbone):
             train = self._features(backbone, self._train)
             metrics = {
-                "probe/feature_std": float(feature_std(train)),
-                "probe/effective_rank": float(effective_rank(train)),
+                "probe/feature_std": float(feature_std(train.features)),
+                "probe/effective_rank": float(effective_rank(train.features)),
             }
-            if self._val is not None and bool(train.isfinite().all()):
+            if self._val is not None and bool(train.features.isfinite().all()):
                 metrics |= self._classify(train, self._features(backbone, self._val), self._val)
         logger.debug("probe after epoch %d took %.2f s", epoch, time.perf_counter() - started)
         return metrics
 
-    def _features(self, backbone: Backbone, sample: Sample) -> Tensor:
+    def _features(self, backbone: Backbone, sample: Sample) -> IndexedFeatures:
         return extract(
             backbone,
             sample.source,
@@ -138,17 +139,18 @@ class OnlineProbes:
             batch_size=BATCH,
             device=self._device,
             workers=self._workers,
-        ).features
+            max_unreadable=self._max_unreadable,
+        )
 
-    def _classify(self, train: Tensor, val: Tensor, val_sample: Sample) -> dict[str, float]:
-        labels, wanted = self._train.labels(self._device), val_sample.labels(self._device)
+    def _classify(self, train: IndexedFeatures, val: IndexedFeatures, val_sample: Sample) -> dict[str, float]:
+        labels, wanted = self._train.labels(train), val_sample.labels(val)
         metrics = {}
         if self._options.knn:
-            neighbours = Neighbours(train, labels, self._classes)
-            ranks = neighbours.ranks(val, wanted, (NEIGHBOURS,), TEMPERATURE)
+            neighbours = Neighbours(train.features, labels, self._classes)
+            ranks = neighbours.ranks(val.features, wanted, (NEIGHBOURS,), TEMPERATURE)
             metrics["probe/knn_top1"] = float(percent(ranks < 1))
         if self._options.linear:
-            logits = ridge_head(train, labels, self._classes)(val)
+            logits = ridge_head(train.features, labels, self._classes)(val.features)
             metrics["probe/linear_top1"] = float(percent(label_ranks(logits, wanted) < 1))
         return metrics
 

@@ -74,13 +74,21 @@ def list_runs(root: Path, as_json: bool) -> None:
         print_json([{**record, "run_dir": str(path)} for record, path in runs])
         return
     table = _table(f"runs in {root}", "name", "status", "method", "dataset", "backbone", "epochs", "seed")
-    for record, _ in runs:
+    for record, path in runs:
         tags = record.get("tags", {})
         names = ("method", "dataset", "backbone", "epochs", "seed")
         table.add_row(
-            str(record.get("name")), str(record.get("status")), *(tags.get(f"sslbench.{n}", "") for n in names)
+            str(record.get("name")), _status(record, path), *(tags.get(f"sslbench.{n}", "") for n in names)
         )
     out().print(table)
+
+
+def _status(record: Mapping[str, Any], run_dir: Path) -> str:
+    """A process that was killed could not note its end."""
+    from sslbench.tracking import RunRecord
+
+    status = str(record.get("status"))
+    return "KILLED" if status == "RUNNING" and RunRecord.load(run_dir).is_abandoned() else status
 
 
 def show_plugin(catalog: Catalog, registry: Registry, kind: Kind, name: str, as_json: bool) -> None:

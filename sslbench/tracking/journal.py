@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import math
+import os
 import time
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -56,7 +58,9 @@ class Journal:
         if headline:
             record["headline"] = True
         with self.path.open("ab", buffering=0) as file:
-            file.write(self._line_break(file.tell()) + json.dumps(record).encode() + b"\n")
+            line = self._line_break(file.tell()) + json.dumps(record).encode() + b"\n"
+            if file.write(line) < len(line):  # a disk that is nearly full takes a part without an error
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(self.path))
 
     def _line_break(self, size: int) -> bytes:
         """A line break if the file ends in half a line."""

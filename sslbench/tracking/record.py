@@ -12,7 +12,7 @@ from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any, Literal, Self
 
-from sslbench.errors import ConfigError
+from sslbench.errors import ConfigError, LaunchError
 
 Kind = Literal["pretrain", "eval", "import"]
 Status = Literal["RUNNING", "FINISHED", "FAILED", "KILLED"]
@@ -29,8 +29,11 @@ class ParentRef:
 def write_json(path: Path, content: Mapping[str, Any]) -> None:
     """Replace a file in one step, so that readers never meet half of it."""
     partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
-    partial.write_text(json.dumps(content, indent=1, default=str) + "\n")
-    partial.replace(path)
+    try:
+        partial.write_text(json.dumps(content, indent=1, default=str) + "\n", encoding="utf-8")
+        partial.replace(path)
+    finally:
+        partial.unlink(missing_ok=True)
 
 
 @dataclass
@@ -142,6 +145,8 @@ class SyncState(_JsonFile):
             return super().load(run_dir)
         except FileNotFoundError:
             return cls()
+        except (ValueError, TypeError, AttributeError) as error:
+            raise ConfigError(f"{run_dir / cls.file_name()} is damaged: {error}") from None
 
 
 @contextmanager
@@ -151,6 +156,35 @@ def file_lock(path: Path) -> Iterator[None]:
     with path.open("a") as file:
         fcntl.flock(file, fcntl.LOCK_EX)
         yield
+
+
+class RunLock:
+    """Held by the process that works on a run, so that a second one is refused. Ends with the process.
+
+    Raises:
+        LaunchError: another process holds it.
+    """
+
+    def __init__(self, run_dir: Path) -> None:
+        self._file = (run_dir / ".run.lock").open("a+")
+        try:
+            # Not flock: decoding processes would inherit it and hold on to it when this process is killed.
+            fcntl.lockf(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except (BlockingIOError, PermissionError):
+            self._file.seek(0)
+            owner = self._file.read().strip() or "another process"
+            raise LaunchError(
+                f"{run_dir} is in use by {owner}", hint="wait until it ends, or stop it first; then try again"
+            ) from None
+        except OSError:
+            return  # a file system without locks
+        self._file.truncate(0)
+        self._file.write(f"process {os.getpid()} on {socket.gethostname()}")
+        self._file.flush()
+
+    def release(self) -> None:
+        """Let others work on the run."""
+        self._file.close()
 
 
 @contextmanager

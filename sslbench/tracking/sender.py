@@ -7,7 +7,7 @@ from pathlib import Path
 
 from sslbench.tracking.push import Push
 from sslbench.tracking.record import Log
-from sslbench.tracking.store import RejectedError, Store, StoreError, connect
+from sslbench.tracking.store import RejectedError, Store, StoreError, connect, reason
 
 #: Seconds between two passes: metrics of several log calls go in one request.
 _INTERVAL_S = 1.0
@@ -69,6 +69,10 @@ class Sender:
             push.everything()
         except (StoreError, RejectedError) as error:
             self._report(error)
+            return False
+        # A full disk, a file that someone deleted: nothing may end this thread with a traceback.
+        except Exception as error:  # noqa: BLE001
+            self._report(StoreError(reason(error)))
             return False
         for refusal in push.report.refused:
             self._log(f"the MLflow store refused {refusal}")

@@ -8,7 +8,7 @@ import time
 import traceback
 import uuid
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, Literal
 
@@ -22,6 +22,7 @@ from sslbench.tracking.record import (
     Kind,
     Log,
     ParentRef,
+    RunLock,
     RunRecord,
     SyncState,
     edit_sync_state,
@@ -44,6 +45,7 @@ class Tracker:
     def __init__(self, run_dir: Path, record: RunRecord, log: Log, store: Store | None) -> None:
         self.run_dir = run_dir
         self._record = record
+        self._lock = RunLock(run_dir)
         self._journal = Journal(run_dir / JOURNAL)
         self._log = log
         self._sender = Sender(run_dir, record.tracking_uri, log, store)
@@ -76,6 +78,7 @@ class Tracker:
         if resume is not None:
             return cls._resume(resume.resolve(), log)
         root = root.absolute()
+        name = _free_name(root, name)
         record = RunRecord(
             run_id=uuid.uuid4().hex,
             name=name,
@@ -95,18 +98,19 @@ class Tracker:
         _write_facts(run_dir, params)
         record.save(run_dir)
         state.save(run_dir)
-        _link_name(root, name, run_dir)
+        _link(root, record, run_dir)
         return cls(run_dir, record, log, store)
 
     @classmethod
     def _resume(cls, run_dir: Path, log: Log) -> Tracker:
         record = RunRecord.load(run_dir)
+        tracker = cls(run_dir, record, log, _connect(record.tracking_uri, log))
         record.status, record.ended = "RUNNING", None
         record.pid, record.host = os.getpid(), os.uname().nodename
         record.save(run_dir)
         with (run_dir / "command.txt").open("a") as file:
             file.write(_command_text())
-        return cls(run_dir, record, log, _connect(record.tracking_uri, log))
+        return tracker
 
     @property
     def run_id(self) -> str:
@@ -163,15 +167,12 @@ class Tracker:
                     state.resent |= {key: max(entry.step, state.resent.get(key, -1)) for key in entry.metrics}
             state.offset = min(state.offset, self._journal.size())
 
-    def finish(
-        self, status: Literal["FINISHED", "FAILED", "KILLED"], error: Mapping[str, Any] | None = None
-    ) -> None:
+    def finish(self, status: Literal["FINISHED", "FAILED", "KILLED"]) -> None:
         """Close the run with a final status, waiting up to 10 s for the store."""
-        if error is not None:
-            write_json(self.run_dir / "error.json", error)
         self._record.status, self._record.ended = status, time.time()
         self._save()
         self._sender.stop(_FLUSH_LIMIT_S)
+        self._lock.release()
         if not self.synced:
             self._log(
                 f"MLflow store {self._record.tracking_uri} has not got all of this run; nothing is lost. "
@@ -185,9 +186,17 @@ class Tracker:
             yield
         except BaseException as error:
             stopped = isinstance(error, KeyboardInterrupt | PreemptedError)
-            self.finish("KILLED" if stopped else "FAILED", _error_record(error))
+            self._fail("KILLED" if stopped else "FAILED", error)
             raise
         self.finish("FINISHED")
+
+    def _fail(self, status: Literal["FAILED", "KILLED"], error: BaseException) -> None:
+        """Close the run as far as a full disk allows; ``error`` is what the user must hear about."""
+        with suppress(OSError):
+            write_json(self.run_dir / "error.json", _error_record(error))
+            error.add_note(f"traceback: {self.run_dir / 'error.json'}")
+        with suppress(OSError):
+            self.finish(status)
 
     def _save(self) -> None:
         self._record.save(self.run_dir)
@@ -207,7 +216,15 @@ def headline(run_dir: Path, metrics: Mapping[str, float], *, log: Log, step: int
         step: step of the checkpoint that was evaluated; unset: the last one of the run.
     """
     journal = Journal(run_dir / JOURNAL)
-    journal.append(journal.last_step() if step is None else step, metrics, headline=True)
+    step = journal.last_step() if step is None else step
+    known = {
+        (key, entry.step): value
+        for entry in journal.entries()
+        if entry.headline
+        for key, value in entry.metrics.items()
+    }
+    if any(known.get((key, step)) != value for key, value in metrics.items()):
+        journal.append(step, metrics, headline=True)
     sender = Sender(run_dir, RunRecord.load(run_dir).tracking_uri, log, None)
     sender.stop(_FLUSH_LIMIT_S)
 
@@ -307,13 +324,20 @@ def _plain_tree(value: Any) -> Any:
     return value if isinstance(value, str | int | float | bool | None) else str(value)
 
 
-def _link_name(root: Path, name: str, run_dir: Path) -> None:
-    """``<root>/<name>`` -> run directory; a name that is taken gets a number."""
-    safe = name.replace("/", "-")
-    for number in range(1, 10_000):
-        link = root / (safe if number == 1 else f"{safe}-{number}")
+def _link(root: Path, record: RunRecord, run_dir: Path) -> None:
+    """``<root>/<name>`` -> run directory."""
+    while True:
         try:
-            link.symlink_to(os.path.relpath(run_dir, root))
-        except FileExistsError:
-            continue
-        return
+            (root / record.name).symlink_to(os.path.relpath(run_dir, root))
+        except FileExistsError:  # a run of the same name was faster
+            record.name = record.tags["mlflow.runName"] = _free_name(root, record.name)
+            record.save(run_dir)
+        else:
+            return
+
+
+def _free_name(root: Path, name: str) -> str:
+    """The name, with a number if a run or a folder has it already: a name stands for one run."""
+    safe = name.replace("/", "-")
+    taken = (safe, *(f"{safe}-{number}" for number in range(2, 10_000)))
+    return next(candidate for candidate in taken if not os.path.lexists(root / candidate))

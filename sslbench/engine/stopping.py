@@ -1,0 +1,75 @@
+"""Signals that ask a run to stop: SIGTERM and SIGUSR1 of a scheduler, SIGINT (Ctrl-C) of a person."""
+
+from __future__ import annotations
+
+import signal
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from types import FrameType
+from typing import Any
+
+import torch
+
+from sslbench import comm
+from sslbench.errors import ExitCode, PreemptedError
+
+SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
+
+
+@dataclass
+class StopSignal:
+    """Notes a signal, so that the training loop can finish its step and save."""
+
+    received: int | None = None
+
+    @contextmanager
+    def listening(self) -> Iterator[None]:
+        """Take note of signals inside instead of dying of them."""
+        with _handling(self._receive):
+            yield
+
+    def _receive(self, number: int, frame: FrameType | None) -> None:
+        if self.received == signal.SIGINT == number:
+            raise KeyboardInterrupt  # a second Ctrl-C does not wait for the step to end
+        self.received = number
+
+    def agreed(self) -> bool:
+        """Whether any rank was asked to stop; all ranks get the same answer."""
+        if comm.world() == 1:
+            return self.received is not None
+        return bool(comm.all_sum(torch.tensor(float(self.received is not None))))
+
+
+def stopped_by(number: int | None, message: str, hint: str) -> PreemptedError:
+    """The error that ends a stopped run: exit code 130 after Ctrl-C, else 75, which schedulers start again."""
+    name = signal.Signals(number).name if number else "another rank's signal"
+    error = PreemptedError(f"stopped by {name}; {message}", hint=hint)
+    if number == signal.SIGINT:
+        error.exit_code = ExitCode.INTERRUPTED
+    return error
+
+
+@contextmanager
+def stopping_at_once(message: str, hint: str) -> Iterator[None]:
+    """For work that has no state to save: a signal raises :class:`~sslbench.errors.PreemptedError` where it is."""
+
+    def stop(number: int, frame: FrameType | None) -> None:
+        raise stopped_by(number, message, hint)
+
+    with _handling(stop):
+        yield
+
+
+@contextmanager
+def _handling(handler: Callable[[int, FrameType | None], Any]) -> Iterator[None]:
+    if threading.current_thread() is not threading.main_thread():
+        yield  # Python delivers signals to the main thread only
+        return
+    previous = {number: signal.signal(number, handler) for number in SIGNALS}
+    try:
+        yield
+    finally:
+        for number, before in previous.items():
+            signal.signal(number, before)
