@@ -276,7 +276,10 @@ def sync(
     from sslbench.report.show import print_sync
     from sslbench.tracking import sync as replay
 
-    print_sync(replay(_run_directory(context.obj, run), Console().info))
+    report = replay(_run_directory(context.obj, run), Console().info)
+    print_sync(report)
+    if not report.complete:
+        raise typer.Exit(ExitCode.UNEXPECTED)
 
 
 @app.command()

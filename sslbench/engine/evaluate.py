@@ -19,7 +19,7 @@ from sslbench.engine import checkpoint
 from sslbench.engine.console import Console
 from sslbench.engine.launch import open_tracker
 from sslbench.engine.setup import choose_device
-from sslbench.errors import ConfigError
+from sslbench.errors import ConfigError, described
 from sslbench.evaluation.job import EvaluationJob, evaluation_dir, run_protocol
 from sslbench.plugin.api import Dataset, EvalProtocol
 from sslbench.plugin.catalog import Catalog
@@ -141,7 +141,8 @@ def finished_result(plan: EvalPlan, dataset_key: str) -> EvalOutcome | None:
         )
     except (OSError, ValueError, KeyError, TypeError, IndexError):
         return None
-    headline(plan.run_dir, outcome.headline(), step=newest.step, log=logger.info)
+    if comm.rank() == 0:  # it may be missing when the process was killed right after writing the result
+        headline(plan.run_dir, outcome.headline(), step=newest.step, log=logger.info)
     return outcome
 
 
@@ -210,8 +211,11 @@ def evaluate_run(plan: EvalPlan, catalog: Catalog, console: Console) -> EvalOutc
 def _update_overview(plan: EvalPlan, console: Console) -> None:
     """The comparison of all models of the experiment, above its list of runs in MLflow."""
     root = Path(plan.record.root)
-    same = [result for result in load_results(root) if result.experiment == plan.record.experiment]
-    describe_experiment(plan.run_dir, overview(compare(same)), log=console.info)
+    try:
+        same = [result for result in load_results(root) if result.experiment == plan.record.experiment]
+        describe_experiment(plan.run_dir, overview(compare(same)), log=console.info)
+    except Exception as error:  # noqa: BLE001 - the damaged files of another run must not fail this evaluation
+        console.warn(f"the overview in MLflow was not brought up to date: {described(error).message}")
 
 
 def _plan(

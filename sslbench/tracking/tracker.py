@@ -167,8 +167,13 @@ class Tracker:
                     state.resent |= {key: max(entry.step, state.resent.get(key, -1)) for key in entry.metrics}
             state.offset = min(state.offset, self._journal.size())
 
-    def finish(self, status: Literal["FINISHED", "FAILED", "KILLED"]) -> None:
+    def finish(
+        self, status: Literal["FINISHED", "FAILED", "KILLED"], error: Mapping[str, Any] | None = None
+    ) -> None:
         """Close the run with a final status, waiting up to 10 s for the store."""
+        if error is not None:
+            with suppress(OSError):  # a full disk: the status below may still fit
+                write_json(self.run_dir / "error.json", error)
         self._record.status, self._record.ended = status, time.time()
         self._save()
         self._sender.stop(_FLUSH_LIMIT_S)
@@ -186,17 +191,11 @@ class Tracker:
             yield
         except BaseException as error:
             stopped = isinstance(error, KeyboardInterrupt | PreemptedError)
-            self._fail("KILLED" if stopped else "FAILED", error)
+            with suppress(OSError):  # the error itself says that the disk is full
+                self.finish("KILLED" if stopped else "FAILED", _error_record(error))
+            error.add_note(f"details: {self.run_dir / 'error.json'}")
             raise
         self.finish("FINISHED")
-
-    def _fail(self, status: Literal["FAILED", "KILLED"], error: BaseException) -> None:
-        """Close the run as far as a full disk allows; ``error`` is what the user must hear about."""
-        with suppress(OSError):
-            write_json(self.run_dir / "error.json", _error_record(error))
-            error.add_note(f"traceback: {self.run_dir / 'error.json'}")
-        with suppress(OSError):
-            self.finish(status)
 
     def _save(self) -> None:
         self._record.save(self.run_dir)
