@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,19 +11,30 @@ import torch
 from torch import nn
 
 from sslbench import comm
-from sslbench.config.compose import Composed
+from sslbench.config.compose import Composed, Selection
 from sslbench.config.schema import TrainOptions
 from sslbench.data.loader import TrainLoader
 from sslbench.data.splits import eval_split
 from sslbench.data.store import open_store
 from sslbench.data.views import ViewExecutor, expand
+from sslbench.engine.checkpoint import details
 from sslbench.engine.loop import Plan
-from sslbench.errors import ConfigError, DataError, LaunchError, PluginError
+from sslbench.errors import CheckpointError, ConfigError, DataError, LaunchError, PluginError
 from sslbench.plugin.api import Backbone, Build, Dataset, Method, Source, ViewSpec
 from sslbench.rng import derive_seed
 
 #: Side of a view when neither the method nor the data set (its images vary in size) says otherwise.
 DEFAULT_SIZE = 224
+
+
+@dataclass(frozen=True)
+class Start:
+    """The weights of another run that a run starts from."""
+
+    run: str
+    backbone: str
+    weights: Mapping[str, torch.Tensor]
+    sha256: str
 
 
 @dataclass
@@ -95,8 +106,11 @@ def check_requirements(composed: Composed) -> None:
         )
 
 
-def build_parts(composed: Composed, log: Callable[[str], None]) -> Parts:
+def build_parts(composed: Composed, log: Callable[[str], None], start: Start | None = None) -> Parts:
     """Build everything a pretraining run needs.
+
+    Args:
+        start: weights that every backbone begins with, a teacher's too; None: random ones.
 
     Raises:
         SslbenchError: of the kind that fits what is wrong.
@@ -108,10 +122,10 @@ def build_parts(composed: Composed, log: Callable[[str], None]) -> Parts:
     specs = composed.method.cfg.views  # type: ignore[attr-defined]
     side = image_size(specs, dataset)
     if not composed.method.cls.trains:
-        method = _build_method(composed, dataset, side, num_images=0, steps_per_epoch=1)
+        method = _build_method(composed, dataset, side, start, num_images=0, steps_per_epoch=1)
         return Parts(device, False, dataset, method.to(device), side, None, None)
     loader = _make_loader(composed, dataset, specs, device, log)
-    method = _build_method(composed, dataset, side, loader.num_images, loader.steps_per_epoch)
+    method = _build_method(composed, dataset, side, start, loader.num_images, loader.steps_per_epoch)
     layout = _memory_format(core.train, device)
     method = method.to(device=device, memory_format=layout)  # type: ignore[call-overload]
     if comm.world() > 1:
@@ -131,6 +145,21 @@ def _share_statistics(method: Method, device: torch.device, log: Callable[[str],
     return method
 
 
+def _make_backbone(selection: Selection, side: int, start: Start | None) -> Backbone:
+    backbone: Backbone = selection.cls(selection.cfg, side)
+    if start is None:
+        return backbone
+    try:
+        backbone.load_state_dict(start.weights)
+    except RuntimeError as error:
+        raise CheckpointError(
+            f"--init-from {start.run}: its backbone '{start.backbone}' does not fit '{selection.name}': "
+            f"{details(error)}",
+            hint=f"pass --backbone {start.backbone}",
+        ) from error
+    return backbone
+
+
 def compile_backbones(method: nn.Module) -> None:
     """Compile each backbone in place, which leaves state-dict keys alone."""
     for module in method.modules():
@@ -139,12 +168,12 @@ def compile_backbones(method: nn.Module) -> None:
 
 
 def _build_method(
-    composed: Composed, dataset: Dataset, side: int, num_images: int, steps_per_epoch: int
+    composed: Composed, dataset: Dataset, side: int, start: Start | None, num_images: int, steps_per_epoch: int
 ) -> Method:
     core, backbone = composed.core, composed.backbone
     torch.manual_seed(derive_seed(core.run.seed, "initialisation"))
     build = Build(
-        make_backbone=lambda: backbone.cls(backbone.cfg, side),
+        make_backbone=lambda: _make_backbone(backbone, side, start),
         global_batch=core.train.batch_size,
         num_images=num_images,
         steps=core.train.epochs * steps_per_epoch,

@@ -22,7 +22,7 @@ from sslbench.engine.evaluate import EvalOutcome, evaluate_run, finished_result,
 from sslbench.engine.launch import open_tracker
 from sslbench.engine.loop import Loop, Meter
 from sslbench.engine.optim import build_optimizer
-from sslbench.engine.setup import Parts, build_parts, prepare_torch
+from sslbench.engine.setup import Parts, Start, build_parts, prepare_torch
 from sslbench.engine.stopping import StopSignal, stopped_by, stopping_at_once
 from sslbench.errors import CheckpointError, ConfigError, DataError, DivergedError, PreemptedError, described
 from sslbench.evaluation.probes import OnlineProbes, collapse_warning
@@ -70,9 +70,9 @@ def pretrain(
     if resume is not None:
         _check_same_config(composed, resume)
     with stopping_at_once("training had not begun", "give the same command again"):
-        parts = build_parts(composed, console.info)
-        start = _initialise(parts, init_from, catalog, console) if init_from else ""
-        tracker = _open_tracker(composed, parts, root, console, resume, start)
+        start = _read_start(init_from, catalog, console) if init_from else None
+        parts = build_parts(composed, console.info, start)
+        tracker = _open_tracker(composed, parts, root, console, resume, start.sha256 if start else "")
     stop = StopSignal()
     with tracker.closing(), stop.listening():
         steps = _train(composed, catalog, parts, tracker, console, stop, resume)
@@ -291,19 +291,11 @@ def _check_same_images(parts: Parts, meta: CheckpointMeta, run_dir: Path) -> Non
         )
 
 
-def _initialise(parts: Parts, run_dir: Path, catalog: Catalog, console: Console) -> str:
-    """Load the backbone of another run and return what identifies its weights."""
+def _read_start(run_dir: Path, catalog: Catalog, console: Console) -> Start:
+    """The exported weights of another run."""
     backbone, meta = checkpoint.load_backbone(checkpoint.latest(run_dir, console.warn), catalog)
-    own = parts.method.export()
-    try:
-        own.load_state_dict(backbone.state_dict())
-    except RuntimeError as error:
-        raise CheckpointError(
-            f"--init-from {run_dir}: its backbone '{meta.backbone.name}' does not fit this run's "
-            f"'{type(own).name}': {checkpoint.details(error)}",
-            hint=f"pass --backbone {meta.backbone.name}",
-        ) from error
-    return meta.sha256[checkpoint.BACKBONE]
+    name = RunRecord.load(run_dir).name
+    return Start(name, meta.backbone.name, backbone.state_dict(), meta.sha256[checkpoint.BACKBONE])
 
 
 def _check_same_config(composed: Composed, run_dir: Path) -> None:
