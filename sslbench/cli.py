@@ -14,8 +14,9 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from sslbench import __version__
-from sslbench.errors import ConfigError, ExitCode, PreemptedError, SslbenchError, described
+from sslbench.errors import ConfigError, ExitCode, PreemptedError, described
 from sslbench.plugin.catalog import KINDS, Catalog, Kind
+from sslbench.terminal import hoisted, prepare_environment, report
 
 if TYPE_CHECKING:
     from sslbench.config.compose import Composed
@@ -134,7 +135,7 @@ def pretrain(
         for composed, _ in runs:
             print_plan(composed, as_json)
         return
-    _prepare_environment()
+    prepare_environment()
     from sslbench.engine.console import Console
     from sslbench.engine.launch import joined_world
     from sslbench.engine.worker import pretrain as run_pretraining
@@ -170,7 +171,7 @@ def evaluate(
     items = list(overrides or [])
     if "=" in run:  # the run was left out and the first option took its place
         items, run = [run, *items], "last"
-    _prepare_environment()
+    prepare_environment()
     from sslbench.engine.console import Console
     from sslbench.engine.evaluate import evaluate_run, plan_evaluation
     from sslbench.engine.launch import joined_world
@@ -330,17 +331,6 @@ def _run_directory(session: Session, reference: str) -> Path:
     return find_run(reference, session.runs)
 
 
-def _prepare_environment() -> None:
-    """What libraries look at when they are first imported; a user's own variables win. Messages go to stderr."""
-    import logging
-
-    logging.basicConfig(format="%(message)s", level=logging.WARNING)
-    for name in ("sslbench", "sslbench_plugins"):
-        logging.getLogger(name).setLevel(logging.INFO)
-    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
-    os.environ.setdefault("GIT_PYTHON_REFRESH", "quiet")
-
-
 def _kinds(what: str | None) -> list[Kind]:
     if what is None:
         return list(KINDS)
@@ -355,16 +345,6 @@ def _kinds(what: str | None) -> list[Kind]:
     return [kind]
 
 
-def _report(error: SslbenchError) -> None:
-    from rich.console import Console
-    from rich.text import Text
-
-    console = Console(stderr=True, highlight=False)
-    console.print(Text.assemble((f"{error.title}: ", "bold red"), error.message), soft_wrap=True)
-    if error.hint:
-        console.print(Text.assemble(("  Next: ", "bold"), error.hint), soft_wrap=True)
-
-
 def run(arguments: list[str] | None = None) -> int:
     """Run one command, turn every error into a message, and return the exit code.
 
@@ -372,11 +352,11 @@ def run(arguments: list[str] | None = None) -> int:
         arguments: words after ``sslbench``; unset: those of this process.
     """
     try:
-        app(arguments)
+        app(hoisted(sys.argv[1:] if arguments is None else arguments))
     except SystemExit as finished:  # Typer ends every command with one
         return finished.code if isinstance(finished.code, int) else ExitCode.OK
     except KeyboardInterrupt:
-        _report(PreemptedError("interrupted", hint="what was finished is kept; give the same command again"))
+        report(PreemptedError("interrupted", hint="what was finished is kept; give the same command again"))
         return ExitCode.INTERRUPTED
     except BrokenPipeError:
         # The reader of a listing (head, less) went away: not an error of ours.
@@ -386,7 +366,7 @@ def run(arguments: list[str] | None = None) -> int:
         if os.environ.get("SSLBENCH_DEBUG"):
             traceback.print_exc()
         problem = described(error)
-        _report(problem)
+        report(problem)
         return problem.exit_code
     return ExitCode.OK
 

@@ -77,7 +77,10 @@ def test_all_problems_come_in_one_report_with_origin_and_suggestion() -> None:
 
 
 def test_a_required_option_is_named() -> None:
-    assert problems("dataset.name=folder")["dataset.root"] == ("required", "nothing set it")
+    assert problems("dataset.name=folder")["dataset.root"] == (
+        "required; write dataset.root=VALUE",
+        "nothing set it",
+    )
 
 
 def test_a_view_is_addressed_by_its_number() -> None:
@@ -85,6 +88,11 @@ def test_a_view_is_addressed_by_its_number() -> None:
     view = result.method.cfg.views[0]  # type: ignore[attr-defined]
     assert (view.gray, view.jitter.hue) == (0.5, 0.0)
     assert result.origins["method.views.0.gray"] == "command line"
+
+
+def test_a_view_that_does_not_exist_is_an_error() -> None:
+    with pytest.raises(ConfigError, match=r"method\.views has 1 item, numbered from 0; there is no number 3"):
+        composed("method.views.3.gray=0.5")
 
 
 def test_a_wrong_key_inside_a_view_suggests_the_views_keys() -> None:

@@ -247,7 +247,7 @@ class Linear(EvalProtocol):
         at_edge = len(self.cfg.lrs) > 2 and lr in (min(self.cfg.lrs), max(self.cfg.lrs))
         job.write_report("linear.json", {"lr": lr, "at_edge_of_grid": at_edge, "by_lr": by_lr})
         if at_edge:
-            logger.warning("the best learning rate, %g, is at the edge of the grid: widen lrs", lr)
+            logger.warning("the best learning rate, %g, is at the edge of the grid: widen evals.linear.lrs", lr)
 
     def _save(self, job: Job, heads: Heads, g: int, scaling: FeatureScaling) -> None:
         lr = self.cfg.lrs[g]

@@ -58,6 +58,10 @@ class Transfer(EvalProtocol):
 
     cfg: TransferConfig
 
+    def subject(self, dataset_key: str) -> str:
+        """The data sets transferred to."""
+        return "+".join(target.name for target in self.cfg.datasets)
+
     def run(self, job: Job) -> dict[str, float]:
         """Return the mean over data sets of the last protocol's top-1 (``transfer.json`` has the rest).
 

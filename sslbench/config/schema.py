@@ -101,6 +101,14 @@ class OptimOptions(Options):
     gamma: float = Field(0.1, gt=0)
     """Step: the factor at each milestone."""
 
+    @model_validator(mode="after")
+    def _known_combinations(self) -> OptimOptions:
+        if self.excluded_lr == "lr-squared" and self.name != "lars":
+            raise ValueError("excluded_lr 'lr-squared' exists for name 'lars' only")
+        if self.nesterov and self.momentum == 0:
+            raise ValueError("nesterov needs a momentum above 0")
+        return self
+
 
 class DataOptions(Options):
     """How pixels reach the device."""
@@ -159,11 +167,3 @@ class CoreOptions(Options):
     data: DataOptions = DataOptions()
     probe: ProbeOptions = ProbeOptions()
     checkpoint: CheckpointOptions = CheckpointOptions()
-
-    @model_validator(mode="after")
-    def _known_combinations(self) -> CoreOptions:
-        if self.optim.excluded_lr == "lr-squared" and self.optim.name != "lars":
-            raise ValueError("optim.excluded_lr 'lr-squared' exists for optim.name 'lars' only")
-        if self.optim.nesterov and self.optim.momentum == 0:
-            raise ValueError("optim.nesterov needs an optim.momentum above 0")
-        return self

@@ -74,6 +74,7 @@ def merge(into: Tree, values: Mapping[str, Any], origin: str, origins: dict[str,
         path = f"{prefix}{key}"
         current = into.get(key)
         if isinstance(current, list) and isinstance(value, dict) and all(str(k).isdigit() for k in value):
+            _check_numbers(path, current, value, origin)
             current = into[key] = _as_indexed(current)
         if isinstance(value, Mapping) and isinstance(current, dict):
             merge(current, value, origin, origins, path + ".")
@@ -84,6 +85,16 @@ def merge(into: Tree, values: Mapping[str, Any], origin: str, origins: dict[str,
         for known in [known for known in origins if known.startswith(path + ".")]:
             del origins[known]
         origins.update({leaf: origin for leaf, _ in flatten(into[key], path)})
+
+
+def _check_numbers(path: str, items: list[Any], values: Mapping[str, Any], origin: str) -> None:
+    beyond = [str(number) for number in values if int(number) >= len(items)]
+    if beyond:
+        raise ConfigError(
+            f"{path} has {len(items)} item{'s' if len(items) != 1 else ''}, numbered from 0; "
+            f"there is no number {', '.join(beyond)}   [{origin}]",
+            hint=f"write the whole list to add items: {path}=[...]",
+        )
 
 
 def _as_indexed(items: list[Any]) -> Tree:

@@ -57,7 +57,7 @@ def _problem(model: type[BaseModel], details: Any, prefix: str, origin_of: Calla
     path = [str(part) for part in details["loc"]]
     key = ".".join([prefix, *path] if prefix else path)
     if details["type"] == "missing":
-        return Problem(key, "required", "nothing set it")
+        return Problem(key, f"required; write {key}=VALUE", "nothing set it")
     if details["type"] == "extra_forbidden":
         guess = did_you_mean(path[-1], _known_keys(model, path[:-1]))
         return Problem(key, f"unknown key{guess}", origin_of(key))

@@ -123,7 +123,7 @@ def plan_after_pretraining(
 
 def finished_result(plan: EvalPlan, dataset_key: str) -> EvalOutcome | None:
     """The result that this very evaluation of the newest checkpoint has already, such as before a resume."""
-    out_dir = evaluation_dir(plan.run_dir, plan.protocol.name, dataset_key)
+    out_dir = evaluation_dir(plan.run_dir, plan.protocol.name, plan.protocol.subject(dataset_key))
     try:
         found = json.loads((out_dir / RESULT).read_text(encoding="utf-8"))
         newest = checkpoint.read_meta(checkpoint.list_checkpoints(plan.run_dir)[-1], verify=False)
@@ -155,7 +155,8 @@ def evaluate_run(plan: EvalPlan, catalog: Catalog, console: Console) -> EvalOutc
     started = time.monotonic()
     backbone, meta = checkpoint.load_backbone(checkpoint.latest(plan.run_dir, console.warn), catalog)
     dataset = plan.dataset_class(plan.dataset_options)
-    out_dir = evaluation_dir(plan.run_dir, plan.protocol.name, dataset.key)
+    subject = plan.protocol.subject(dataset.key)
+    out_dir = evaluation_dir(plan.run_dir, plan.protocol.name, subject)
     tracker = _open_tracker(plan, dataset, console)
     children: list[EvalOutcome] = []
 
@@ -171,7 +172,7 @@ def evaluate_run(plan: EvalPlan, catalog: Catalog, console: Console) -> EvalOutc
         children.append(evaluate_run(child, catalog, console))
         return children[-1].metrics
 
-    console.info(f"Evaluating {plan.protocol.name} v{plan.protocol.version} on {dataset.key}")
+    console.info(f"Evaluating {plan.protocol.name} v{plan.protocol.version} on {subject}")
     with tracker.closing():
         job = EvaluationJob(
             plan.protocol,
@@ -192,7 +193,7 @@ def evaluate_run(plan: EvalPlan, catalog: Catalog, console: Console) -> EvalOutc
         outcome = EvalOutcome(
             plan.protocol.name,
             plan.protocol.version,
-            dataset.key,
+            subject,
             metrics,
             plan.protocol.primary,
             out_dir,
@@ -259,14 +260,14 @@ def _open_tracker(plan: EvalPlan, dataset: Dataset, console: Console) -> Tracker
     inherited = ("sslbench.method", "sslbench.backbone", "sslbench.limited", "sslbench.config_hash")
     tags = {key: plan.record.tags[key] for key in inherited if key in plan.record.tags}
     tags |= {
-        "sslbench.dataset": dataset.key,
+        "sslbench.dataset": plan.protocol.subject(dataset.key),
         "sslbench.seed": str(plan.seed),
         "sslbench.protocol": f"{plan.protocol.name}.v{plan.protocol.version}",
     }
     fingerprint = dataset.fingerprint()
     tracker = open_tracker(
         root=Path(plan.record.root),
-        name=f"{plan.protocol.name}-{dataset.key}-of-{plan.record.name}",
+        name=f"{plan.protocol.name}-{plan.protocol.subject(dataset.key)}-of-{plan.record.name}",
         kind="eval",
         experiment=plan.record.experiment,
         tracking_uri=plan.record.tracking_uri,

@@ -70,7 +70,7 @@ class Plan:
     def probes_after(self, done: int) -> bool:
         epoch, rest = divmod(done, self.steps_per_epoch)
         every = self.core.probe.every
-        return bool(every) and ((rest == 0 and epoch % every == 0) or done == self.stop_step)
+        return bool(every) and rest == 0 and (epoch % every == 0 or done == self.steps)
 
 
 @dataclass

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
@@ -14,6 +15,9 @@ from sslbench.engine.schedule import peak_lr
 from sslbench.errors import PluginError
 
 NamedParameters = list[tuple[str, nn.Parameter]]
+
+
+_STEM_SCALE = re.compile(r"(^|\.)backbone\.bn1\.weight$")
 
 
 def build_optimizer(
@@ -67,7 +71,8 @@ def is_excluded(rule: str, name: str, parameter: Tensor) -> bool:
     if rule == "1d":
         return parameter.ndim <= 1
     if rule == "bn-bias-names":
-        return "bn" in name or "bias" in name
+        # In the authors' sequential encoder the stem's scale is called 1.weight, so the rule missed it.
+        return ("bn" in name or "bias" in name) and not _STEM_SCALE.search(name)
     return False
 
 

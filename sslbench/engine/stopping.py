@@ -46,6 +46,7 @@ def stopped_by(number: int | None, message: str, hint: str) -> PreemptedError:
     """The error that ends a stopped run: exit code 130 after Ctrl-C, else 75, which schedulers start again."""
     name = signal.Signals(number).name if number else "another rank's signal"
     error = PreemptedError(f"stopped by {name}; {message}", hint=hint)
+    error.title = "Interrupted" if number == signal.SIGINT else "Preempted"
     if number == signal.SIGINT:
         error.exit_code = ExitCode.INTERRUPTED
     return error

@@ -22,6 +22,7 @@ from sslbench.engine.evaluate import EvalOutcome, evaluate_run, finished_result,
 from sslbench.engine.launch import open_tracker
 from sslbench.engine.loop import Loop, Meter
 from sslbench.engine.optim import build_optimizer
+from sslbench.engine.schedule import peak_lr
 from sslbench.engine.setup import Parts, Start, build_parts, prepare_torch
 from sslbench.engine.stopping import StopSignal, stopped_by, stopping_at_once
 from sslbench.errors import CheckpointError, ConfigError, DataError, DivergedError, PreemptedError, described
@@ -73,6 +74,8 @@ def pretrain(
         start = _read_start(init_from, catalog, console) if init_from else None
         parts = build_parts(composed, console.info, start)
         tracker = _open_tracker(composed, parts, root, console, resume, start.sha256 if start else "")
+    if comm.rank() == 0:
+        console.info(_introduction(composed, parts, tracker))
     stop = StopSignal()
     with tracker.closing(), stop.listening():
         steps = _train(composed, catalog, parts, tracker, console, stop, resume)
@@ -122,7 +125,7 @@ class RunObserver:
 
     def probe(self, step: int, epoch: int) -> None:
         values = self.probes.run(epoch)
-        self._log(step, values)
+        self._log(step, {**values, "train/epoch": float(epoch)})
         words = "  ".join(f"{key.removeprefix('probe/')} {value:.4g}" for key, value in values.items())
         self.console.info(f"  epoch {epoch}: probe {words}")
         warning = collapse_warning(values, self.parts.method.export().dim)
@@ -306,6 +309,19 @@ def _check_same_config(composed: Composed, run_dir: Path) -> None:
             f"--resume {RunRecord.load(run_dir).name}: these options differ from the run's own\n{listed}",
             hint="drop them to continue this run, or start a new one with --init-from",
         )
+
+
+def _introduction(composed: Composed, parts: Parts, tracker: Tracker) -> str:
+    """What is about to run, for whoever reads the terminal or a log file."""
+    what = f"{composed.method.name} with {composed.backbone.name} on {parts.dataset.key}"
+    head = f"Run {tracker.name}: {what}\n  {tracker.run_dir}"
+    if parts.loader is None or parts.plan is None:
+        return head
+    core = composed.core
+    amount = f"{core.train.epochs} epochs of {parts.loader.num_images} images, {parts.plan.steps} steps"
+    rate = f"{core.optim.name} at {peak_lr(core.optim, core.train.batch_size):.4g}"
+    precision = "bf16" if parts.bf16 else "fp32"
+    return f"{head}\n  {amount} of {core.train.batch_size}; {rate}; {parts.device} in {precision}"
 
 
 def _open_tracker(

@@ -24,6 +24,9 @@ from sslbench.plugin.api import Backbone, Source
 
 logger = logging.getLogger(__name__)
 
+#: Bytes of a cache file from which on its place is told, so that a user can delete it.
+_WORTH_A_LINE = 100_000_000
+
 CACHE_VERSION = 1
 """Part of every cache key. Bump it when the same inputs may give other features."""
 
@@ -166,7 +169,9 @@ class FeatureCache:
         except OSError as error:
             logger.warning("features were not cached in %s: %s", self.folder, error)
         else:
-            logger.info("cached %.1f MB of features in %s", path.stat().st_size / 1e6, self.folder)
+            size = path.stat().st_size
+            if size >= _WORTH_A_LINE:
+                logger.info("cached %.0f MB of features in %s", size / 1e6, self.folder)
 
 
 def save_atomically(content: Any, path: Path) -> None:

@@ -370,6 +370,10 @@ class EvalProtocol(ABC):
     def __init__(self, cfg: Options) -> None:
         self.cfg = cfg
 
+    def subject(self, dataset_key: str) -> str:
+        """What the result is about, in metric keys and folders: the data set, unless the options name others."""
+        return dataset_key
+
     @abstractmethod
     def run(self, job: Job) -> dict[str, float]:
         """Evaluate and return the values of ``metrics``. Percentages are in [0, 100]."""

@@ -78,7 +78,9 @@ def list_runs(root: Path, as_json: bool) -> None:
         tags = record.get("tags", {})
         names = ("method", "dataset", "backbone", "epochs", "seed")
         table.add_row(
-            str(record.get("name")), _status(record, path), *(tags.get(f"sslbench.{n}", "") for n in names)
+            str(record.get("name")),
+            _status(record, path) + (" (limited)" if tags.get("sslbench.limited") == "true" else ""),
+            *(tags.get(f"sslbench.{n}", "") for n in names),
         )
     out().print(table)
 
