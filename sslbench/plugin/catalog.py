@@ -23,7 +23,6 @@ from typing import Any, Literal, cast
 import pluggy
 
 from sslbench import API_VERSION
-from sslbench.config.options import Options
 from sslbench.errors import PluginError, did_you_mean
 from sslbench.plugin import hooks
 
@@ -298,7 +297,9 @@ def _check_api_version(module: ModuleType, entry: Entry) -> None:
 
 
 def _class_of(entry: Entry, classes: list[Any]) -> type:
-    base = getattr(importlib.import_module("sslbench.plugin.api"), _BASES[entry.kind])
+    from sslbench.plugin import api  # with torch, which a listing can do without
+
+    base = getattr(api, _BASES[entry.kind])
     matching = [cls for cls in classes if getattr(cls, "name", None) == entry.name]
     if not matching:
         offered = ", ".join(repr(getattr(cls, "name", cls)) for cls in classes)
@@ -309,6 +310,6 @@ def _class_of(entry: Entry, classes: list[Any]) -> type:
     cls = cast("type[Any]", matching[0])
     if not (isinstance(cls, type) and issubclass(cls, base)):
         raise PluginError(f"{entry.module}: {cls!r} must be a subclass of sslbench.plugin.api.{base.__name__}")
-    if not issubclass(cls.Config, Options):
+    if not issubclass(cls.Config, api.Options):
         raise PluginError(f"{entry.module}: {cls.__name__}.Config must be a subclass of Options")
     return cls
