@@ -14,7 +14,7 @@ import importlib.util
 import sys
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
-from functools import cache
+from functools import cache, cached_property
 from importlib.metadata import EntryPoint, entry_points
 from pathlib import Path
 from types import ModuleType
@@ -90,6 +90,11 @@ class Catalog:
     blocked: frozenset[str] = frozenset()
     _classes: dict[Entry, type] = field(default_factory=dict, repr=False)
 
+    @cached_property
+    def _points(self) -> Any:
+        """All entry points, read once: it opens a file of every installed distribution."""
+        return entry_points()
+
     @classmethod
     def from_options(cls, plugins: Iterable[str]) -> Catalog:
         """Read ``-p`` values: ``FILE.py`` or ``no:NAME``."""
@@ -104,7 +109,7 @@ class Catalog:
 
     def entries(self, kind: Kind) -> list[Entry]:
         """Every plugin of a kind that is not blocked, by name."""
-        found = [_entry_of(kind, ep) for ep in entry_points(group=KINDS[kind])]
+        found = [_entry_of(kind, ep) for ep in self._points.select(group=KINDS[kind])]
         found += [entry for path in self.local for entry in self._local_entries(kind, path)]
         return sorted((e for e in found if not self._is_blocked(e)), key=lambda e: (e.name, e.distribution))
 
@@ -143,7 +148,7 @@ class Catalog:
         """A manager with every extension registered, and a message for each that failed to load."""
         manager = _new_manager()
         problems = []
-        for ep in entry_points(group=EXTENSIONS):
+        for ep in self._points.select(group=EXTENSIONS):
             if ep.name in self.blocked:
                 continue
             try:
