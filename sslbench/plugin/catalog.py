@@ -206,10 +206,16 @@ def _source_of(module: str) -> Path | None:
 
 def _docstring_summary(path: Path) -> str:
     try:
-        doc = ast.get_docstring(ast.parse(path.read_text(encoding="utf-8")))
+        doc = ast.get_docstring(ast.parse(_opening(path.read_text(encoding="utf-8"))))
     except (OSError, SyntaxError, ValueError):
         return "(its source cannot be read)"
     return doc.strip().splitlines()[0] if doc else ""
+
+
+def _opening(source: str) -> str:
+    """The source up to the end of its docstring: listing need not parse whole modules."""
+    parts = source.split('"""', 2)
+    return f'"""{parts[1]}"""' if len(parts) == 3 and not parts[0].strip() else source
 
 
 def _existing_file(value: str) -> Path:
