@@ -17,7 +17,6 @@ import pytest
 import torch
 from faults_kit import DIGITS, Command, checkpoints, command, run_dir, status
 
-from sslbench.engine import worker
 from sslbench.tracking.journal import Journal
 
 __all__ = ["command"]
@@ -49,15 +48,15 @@ def fill(disk: Path) -> None:
 def test_a_disk_that_fills_up_keeps_earlier_checkpoints_and_resumes(
     command: Command, small_disk: Path, monkeypatch: pytest.MonkeyPatch, moment: str
 ) -> None:
-    original = getattr(worker.RunObserver, moment)
+    original = getattr(observe.RunObserver, moment)
 
-    def crowded(self: worker.RunObserver, step: int, *rest: object) -> None:
+    def crowded(self: observe.RunObserver, step: int, *rest: object) -> None:
         if step == 3:
             fill(small_disk)
         original(self, step, *rest)
 
     with monkeypatch.context() as patch:
-        patch.setattr(worker.RunObserver, moment, crowded)
+        patch.setattr(observe.RunObserver, moment, crowded)
         error = command(f"--runs disk/runs {RUN} run.name=full train.log_every=1", 5).err
     assert "the disk is full" in error
     assert "--resume" in error

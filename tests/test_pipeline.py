@@ -167,3 +167,37 @@ def test_an_unreadable_environment_variable_store_does_not_stop_training(cli: Cl
 def test_listings_answer_in_text_and_json(cli: Cli, command: tuple[str, ...]) -> None:
     assert cli(*command).stdout.strip()
     json.loads(cli(*command, "--json").stdout)
+
+
+OBSERVER = '''"""Notes what it is told."""
+from sslbench.plugin.hooks import hookimpl
+
+def note(run_dir, line):
+    with open(run_dir / "seen.txt", "a") as file:
+        file.write(line + "\\n")
+
+@hookimpl
+def sslbench_run_started(run_dir, config):
+    note(run_dir, "started " + config["method"]["name"])
+
+@hookimpl
+def sslbench_metrics_logged(run_dir, step):
+    raise RuntimeError("a broken observer")
+
+@hookimpl
+def sslbench_checkpoint_saved(run_dir, step):
+    note(run_dir, f"saved {step}")
+
+@hookimpl
+def sslbench_run_finished(run_dir, status):
+    note(run_dir, "finished " + status)
+'''
+
+
+def test_observers_are_told_and_cannot_end_a_run(cli: Cli, workdir: Path) -> None:
+    (workdir / "observer.py").write_text(OBSERVER)
+    options = ("-p", "observer.py", "pretrain", "--method", "simclr", *SMALL, "--limit", "2", "--no-evals")
+    done = cli(*options, "run.name=seen")
+    assert "an extension failed in sslbench_metrics_logged: RuntimeError: a broken observer" in done.stderr
+    lines = (run_dir(workdir, "seen") / "seen.txt").read_text().splitlines()
+    assert lines == ["started simclr", "saved 2", "finished FINISHED"]

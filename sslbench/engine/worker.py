@@ -4,29 +4,25 @@ from __future__ import annotations
 
 import shlex
 import time
-from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
-import pluggy
 import torch
 
-from sslbench import __version__, comm
+from sslbench import comm
 from sslbench.config.compose import Composed, differences_from_saved
-from sslbench.config.tree import plain
 from sslbench.engine import checkpoint
-from sslbench.engine.checkpoint import BackboneMeta, CheckpointMeta
+from sslbench.engine.checkpoint import CheckpointMeta
 from sslbench.engine.console import Console
 from sslbench.engine.evaluate import EvalOutcome, evaluate_run, finished_result, plan_after_pretraining
 from sslbench.engine.launch import open_tracker
 from sslbench.engine.loop import Loop, Meter
+from sslbench.engine.observe import Extensions, RunObserver
 from sslbench.engine.optim import build_optimizer
 from sslbench.engine.schedule import peak_lr
 from sslbench.engine.setup import Parts, Start, build_parts, prepare_torch
 from sslbench.engine.stopping import StopSignal, stopped_by, stopping_at_once
 from sslbench.errors import CheckpointError, ConfigError, DataError, DivergedError, PreemptedError, described
-from sslbench.evaluation.probes import OnlineProbes, collapse_warning
 from sslbench.plugin.catalog import Catalog
 from sslbench.rng import derive_seed
 from sslbench.tracking import RunRecord, Tracker
@@ -77,125 +73,17 @@ def pretrain(
     if comm.rank() == 0:
         console.info(_introduction(composed, parts, tracker))
     stop = StopSignal()
-    with tracker.closing(), stop.listening():
-        steps = _train(composed, catalog, parts, tracker, console, stop, resume)
+    extensions = Extensions(catalog, tracker.run_dir, console)
+    try:
+        with tracker.closing(), stop.listening():
+            steps = _train(composed, catalog, parts, tracker, console, stop, extensions, resume)
+    finally:
+        extensions.tell("sslbench_run_finished", status=RunRecord.load(tracker.run_dir).status)
     outcome = Outcome(tracker.run_dir, tracker.run_id, tracker.name, steps, time.monotonic() - started)
     rest = f"sslbench pretrain --resume {shlex.quote(tracker.name)}   runs the evaluations that are left"
     with stopping_at_once("the model and finished evaluations are kept", rest):
         _evaluate(composed, catalog, parts, outcome, console)
     return outcome
-
-
-class RunObserver:
-    """Carries what the loop reports to journal, console, probes and checkpoints."""
-
-    def __init__(
-        self,
-        composed: Composed,
-        catalog: Catalog,
-        parts: Parts,
-        optimizer: torch.optim.Optimizer,
-        tracker: Tracker,
-        console: Console,
-        stop: StopSignal,
-        plugins: pluggy.PluginManager,
-    ) -> None:
-        self.composed = composed
-        self.catalog = catalog
-        self.parts = parts
-        self.optimizer = optimizer
-        self.tracker = tracker
-        self.console = console
-        self.stop = stop
-        self.plugins = plugins
-        core = composed.core
-        self.probes = OnlineProbes(
-            parts.method.export,
-            parts.dataset,
-            core.probe,
-            core.data,
-            seed=core.run.seed,
-            image_size=parts.image_size,
-            device=parts.device,
-        )
-
-    def metrics(self, step: int, values: Mapping[str, float]) -> None:
-        self._log(step, values)
-        self.console.update(step, values)
-
-    def probe(self, step: int, epoch: int) -> None:
-        values = self.probes.run(epoch)
-        self._log(step, {**values, "train/epoch": float(epoch)})
-        words = "  ".join(f"{key.removeprefix('probe/')} {value:.4g}" for key, value in values.items())
-        self.console.info(f"  epoch {epoch}: probe {words}")
-        warning = collapse_warning(values, self.parts.method.export().dim)
-        if warning:
-            self.console.warn(warning)
-
-    def save(self, step: int, meter: Mapping[str, Any]) -> None:
-        if comm.rank() == 0:
-            self._save(step, meter)
-        comm.barrier()  # nobody looks for a checkpoint that is still being written
-
-    def _save(self, step: int, meter: Mapping[str, Any]) -> None:
-        state = {
-            "step": step,
-            "method": self.parts.method.state_dict(),
-            "optimizer": self.optimizer.state_dict(),
-            "meter": dict(meter),
-        }
-        steps_per_epoch = self.parts.plan.steps_per_epoch if self.parts.plan else 1
-        meta = describe(self.composed, self.catalog, self.parts, step, step // steps_per_epoch)
-        path = checkpoint.save(self.tracker.run_dir, meta, self.parts.method.export().state_dict(), state)
-        options = self.composed.core.checkpoint
-        for old in checkpoint.prune(self.tracker.run_dir, options.keep, options.keep_epochs):
-            self.tracker.checkpoint_removed(old)
-        self.tracker.checkpoint(path, meta.model_dump(mode="json"))
-        self._tell("sslbench_checkpoint_saved", path=path, step=step)
-
-    def should_stop(self) -> bool:
-        return self.stop.agreed()
-
-    def _log(self, step: int, values: Mapping[str, float]) -> None:
-        self.tracker.log(step, values)
-        self._tell("sslbench_metrics_logged", step=step, metrics=values)
-
-    def _tell(self, hook: str, **arguments: Any) -> None:
-        """Observers must not be able to end a run."""
-        if comm.rank() > 0:
-            return
-        try:
-            getattr(self.plugins.hook, hook)(run_dir=self.tracker.run_dir, **arguments)
-        except Exception as error:  # noqa: BLE001 - a foreign observer may fail in any way
-            self.console.warn(f"an extension failed in {hook}: {type(error).__name__}: {error}")
-
-
-def describe(composed: Composed, catalog: Catalog, parts: Parts, step: int, epoch: int) -> CheckpointMeta:
-    """The meta data of a checkpoint of this run."""
-    info, backbone = parts.dataset.info, parts.method.export()
-    sections = (composed.method, composed.backbone, composed.dataset)
-    return CheckpointMeta(
-        step=step,
-        epoch=epoch,
-        method=composed.method.name,
-        uses_labels=composed.method.cls.uses_labels,
-        limited=composed.core.train.limit is not None,
-        seed=composed.core.run.seed,
-        backbone=BackboneMeta(
-            name=composed.backbone.name,
-            options=plain(backbone.cfg),
-            image_size=parts.image_size,
-            dim=backbone.dim,
-            stride=backbone.stride,
-        ),
-        dataset=parts.dataset.key,
-        dataset_fingerprint=parts.dataset.fingerprint(),
-        mean=info.mean,
-        std=info.std,
-        config_hash=composed.hash(),
-        plugins=[catalog.find(s.kind, s.name).identity() | {"kind": s.kind} for s in sections],
-        sslbench=__version__,
-    )
 
 
 def _train(
@@ -205,16 +93,14 @@ def _train(
     tracker: Tracker,
     console: Console,
     stop: StopSignal,
+    extensions: Extensions,
     resume: Path | None,
 ) -> int:
     """Run the loop to its end and return the number of steps done."""
-    plugins, problems = catalog.observers()
-    for problem in problems:
-        console.warn(problem)
     core = composed.core
     optimizer = build_optimizer(core.optim, parts.method.param_groups(), parts.method, core.train.batch_size)
-    observer = RunObserver(composed, catalog, parts, optimizer, tracker, console, stop, plugins)
-    observer._tell("sslbench_run_started", config=composed.tree)
+    observer = RunObserver(composed, catalog, parts, optimizer, tracker, console, stop, extensions)
+    extensions.tell("sslbench_run_started", config=composed.tree)
     if parts.loader is None or parts.plan is None:
         observer.save(0, Meter().state())
         return 0

@@ -1,0 +1,144 @@
+"""What follows from a training step: journal lines, progress, probes, checkpoints, calls of extensions."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from sslbench import __version__, comm
+from sslbench.config.compose import Composed
+from sslbench.config.tree import plain
+from sslbench.engine import checkpoint
+from sslbench.engine.checkpoint import BackboneMeta, CheckpointMeta
+from sslbench.engine.console import Console
+from sslbench.engine.setup import Parts
+from sslbench.engine.stopping import StopSignal
+from sslbench.evaluation.probes import OnlineProbes, collapse_warning
+from sslbench.plugin.catalog import Catalog
+from sslbench.tracking import Tracker
+
+
+class Extensions:
+    """The observers of other packages. Whatever they do, they cannot end a run."""
+
+    def __init__(self, catalog: Catalog, run_dir: Path, console: Console) -> None:
+        self.run_dir = run_dir
+        self.console = console
+        self.manager, problems = catalog.observers()
+        for problem in problems:
+            console.warn(problem)
+
+    def tell(self, hook: str, **arguments: Any) -> None:
+        """Call a hook of all extensions, on the first rank."""
+        if comm.rank() > 0:
+            return
+        try:
+            getattr(self.manager.hook, hook)(run_dir=self.run_dir, **arguments)
+        except Exception as error:  # noqa: BLE001 - a foreign observer may fail in any way
+            self.console.warn(f"an extension failed in {hook}: {type(error).__name__}: {error}")
+
+
+class RunObserver:
+    """Carries what the loop reports to journal, console, probes and checkpoints."""
+
+    def __init__(
+        self,
+        composed: Composed,
+        catalog: Catalog,
+        parts: Parts,
+        optimizer: torch.optim.Optimizer,
+        tracker: Tracker,
+        console: Console,
+        stop: StopSignal,
+        extensions: Extensions,
+    ) -> None:
+        self.composed = composed
+        self.catalog = catalog
+        self.parts = parts
+        self.optimizer = optimizer
+        self.tracker = tracker
+        self.console = console
+        self.stop = stop
+        self.extensions = extensions
+        core = composed.core
+        self.probes = OnlineProbes(
+            parts.method.export,
+            parts.dataset,
+            core.probe,
+            core.data,
+            seed=core.run.seed,
+            image_size=parts.image_size,
+            device=parts.device,
+        )
+
+    def metrics(self, step: int, values: Mapping[str, float]) -> None:
+        self._log(step, values)
+        self.console.update(step, values)
+
+    def probe(self, step: int, epoch: int) -> None:
+        values = self.probes.run(epoch)
+        self._log(step, {**values, "train/epoch": float(epoch)})
+        words = "  ".join(f"{key.removeprefix('probe/')} {value:.4g}" for key, value in values.items())
+        self.console.info(f"  epoch {epoch}: probe {words}")
+        warning = collapse_warning(values, self.parts.method.export().dim)
+        if warning:
+            self.console.warn(warning)
+
+    def save(self, step: int, meter: Mapping[str, Any]) -> None:
+        if comm.rank() == 0:
+            self._save(step, meter)
+        comm.barrier()  # nobody looks for a checkpoint that is still being written
+
+    def _save(self, step: int, meter: Mapping[str, Any]) -> None:
+        state = {
+            "step": step,
+            "method": self.parts.method.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+            "meter": dict(meter),
+        }
+        steps_per_epoch = self.parts.plan.steps_per_epoch if self.parts.plan else 1
+        meta = describe(self.composed, self.catalog, self.parts, step, step // steps_per_epoch)
+        path = checkpoint.save(self.tracker.run_dir, meta, self.parts.method.export().state_dict(), state)
+        options = self.composed.core.checkpoint
+        for old in checkpoint.prune(self.tracker.run_dir, options.keep, options.keep_epochs):
+            self.tracker.checkpoint_removed(old)
+        self.tracker.checkpoint(path, meta.model_dump(mode="json"))
+        self.extensions.tell("sslbench_checkpoint_saved", path=path, step=step)
+
+    def should_stop(self) -> bool:
+        return self.stop.agreed()
+
+    def _log(self, step: int, values: Mapping[str, float]) -> None:
+        self.tracker.log(step, values)
+        self.extensions.tell("sslbench_metrics_logged", step=step, metrics=values)
+
+
+def describe(composed: Composed, catalog: Catalog, parts: Parts, step: int, epoch: int) -> CheckpointMeta:
+    """The meta data of a checkpoint of this run."""
+    info, backbone = parts.dataset.info, parts.method.export()
+    sections = (composed.method, composed.backbone, composed.dataset)
+    return CheckpointMeta(
+        step=step,
+        epoch=epoch,
+        method=composed.method.name,
+        uses_labels=composed.method.cls.uses_labels,
+        limited=composed.core.train.limit is not None,
+        seed=composed.core.run.seed,
+        backbone=BackboneMeta(
+            name=composed.backbone.name,
+            options=plain(backbone.cfg),
+            image_size=parts.image_size,
+            dim=backbone.dim,
+            stride=backbone.stride,
+        ),
+        dataset=parts.dataset.key,
+        dataset_fingerprint=parts.dataset.fingerprint(),
+        mean=info.mean,
+        std=info.std,
+        config_hash=composed.hash(),
+        plugins=[catalog.find(s.kind, s.name).identity() | {"kind": s.kind} for s in sections],
+        sslbench=__version__,
+    )
