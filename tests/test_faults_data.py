@@ -80,4 +80,4 @@ def test_resuming_on_other_images_is_refused(command: Command) -> None:
     make_images(Path("mine"))
     command(f"pretrain {FOLDER} dataset.root=mine --limit 1 --no-evals run.name=m")
     (Path("mine") / "train" / "a" / "00.png").unlink()
-    assert "not those that this run was started with" in command("pretrain --resume m train.limit=2", 4).err
+    assert "are not those the run began with" in command("pretrain --resume m train.limit=2", 4).err
