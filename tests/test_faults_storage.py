@@ -17,6 +17,7 @@ import pytest
 import torch
 from faults_kit import DIGITS, Command, checkpoints, command, run_dir, status
 
+from sslbench.engine import observe
 from sslbench.tracking.journal import Journal
 
 __all__ = ["command"]
