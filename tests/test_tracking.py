@@ -30,6 +30,7 @@ from sslbench.tracking import (
     store,
     sync,
 )
+from sslbench.tracking.journal import Journal
 from sslbench.tracking.record import SyncState, flatten
 
 PARAMS = {"method": {"name": "byol", "tau": 0.99, "views": [{"size": 32}]}, "optim": {"lr": 0.1, "note": None}}
@@ -199,6 +200,40 @@ def test_a_resumed_run_sends_no_point_twice(start: Open, client: MlflowClient) -
     assert client.get_run(tracker.run_id).info.status == "FINISHED"
     lines = [json.loads(line)["step"] for line in (tracker.run_dir / "metrics.jsonl").read_text().splitlines()]
     assert lines == list(range(15))
+
+
+@pytest.mark.parametrize("moment", ["points sent, not noted", "journal cut"])
+def test_a_kill_between_two_writes_repeats_no_point(
+    start: Open, client: MlflowClient, moment: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tracker = start()
+    for step in range(10):
+        tracker.log(step, {"loss": float(step)})
+    tracker.finish("KILLED")
+    time.sleep(0.01)
+    if moment == "journal cut":
+
+        def killed(journal: Journal, step: int) -> None:
+            cut(journal, step)
+            raise KeyboardInterrupt
+
+        cut = Journal.truncate_after
+        again = start(resume=tracker.run_dir)
+        with monkeypatch.context() as patch:
+            patch.setattr(Journal, "truncate_after", killed)
+            with pytest.raises(KeyboardInterrupt):
+                again.rewind(5)
+        again.finish("KILLED")
+    else:
+        state = SyncState.load(tracker.run_dir)
+        state.offset = 0
+        state.save(tracker.run_dir)
+    again = start(resume=tracker.run_dir)
+    again.rewind(5)
+    for step in range(6, 12):
+        again.log(step, {"loss": float(step)})
+    again.finish("FINISHED")
+    assert history(client, tracker.run_id, "loss") == [(s, float(s)) for s in range(12)]
 
 
 @pytest.mark.parametrize("kind", ["refused", "silent"])

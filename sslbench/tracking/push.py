@@ -133,6 +133,17 @@ class Push:
                 self._optional("files", lambda: self._files(run_id))
                 self._close(run_id)
 
+    def settle(self) -> None:
+        """Repeat the round of points that a killed process may have sent without noting it.
+
+        MLflow keeps a point that it gets twice only once. Once the journal is cut back and its points are written
+        anew, they have other times, and the store would keep both.
+        """
+        with edit_sync_state(self.run_dir) as state:
+            self.state = state
+            if state.store_run_id is not None:
+                self._send_points(state.store_run_id)
+
     def _optional(self, what: str, send: Callable[[], None]) -> None:
         """What the store refuses must not hold up the rest."""
         try:
@@ -195,16 +206,21 @@ class Push:
             self.state.datasets += 1
 
     def _metrics(self, run_id: str) -> None:
+        while self._send_points(run_id):
+            pass
+
+    def _send_points(self, run_id: str) -> bool:
+        """One round; False if there was nothing left."""
         journal = Journal(self.run_dir / JOURNAL)
-        while True:
-            entries = list(islice(journal.entries(self.state.offset), _ENTRIES_PER_ROUND))
-            if not entries:
-                return
-            points = [point for entry in entries for point in self._points(entry)]
-            self.store.log_points(run_id, points)
-            self.report.points += len(points)
-            self.state.offset = entries[-1].end
-            self.state.save(self.run_dir)
+        entries = list(islice(journal.entries(self.state.offset), _ENTRIES_PER_ROUND))
+        if not entries:
+            return False
+        points = [point for entry in entries for point in self._points(entry)]
+        self.store.log_points(run_id, points)
+        self.report.points += len(points)
+        self.state.offset = entries[-1].end
+        self.state.save(self.run_dir)
+        return True
 
     def _points(self, entry: Entry) -> Iterator[Point]:
         model_id = self._newest_model() if entry.headline else None

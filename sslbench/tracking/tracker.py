@@ -17,7 +17,7 @@ import yaml
 from sslbench.errors import ExitCode, PreemptedError
 from sslbench.tracking.environment import command_line, environment, git_commit, user_name
 from sslbench.tracking.journal import Journal
-from sslbench.tracking.push import JOURNAL, experiment_dir
+from sslbench.tracking.push import JOURNAL, Push, experiment_dir
 from sslbench.tracking.record import (
     Kind,
     Log,
@@ -104,7 +104,11 @@ class Tracker:
     @classmethod
     def _resume(cls, run_dir: Path, log: Log) -> Tracker:
         record = RunRecord.load(run_dir)
-        tracker = cls(run_dir, record, log, _connect(record.tracking_uri, log))
+        store = _connect(record.tracking_uri, log)
+        tracker = cls(run_dir, record, log, store)
+        if store is not None:
+            with suppress(StoreError, RejectedError):  # the sender will report it
+                Push(run_dir, store).settle()
         record.status, record.ended = "RUNNING", None
         record.pid, record.host = os.getpid(), os.uname().nodename
         record.save(run_dir)
@@ -160,11 +164,15 @@ class Tracker:
 
     def rewind(self, step: int) -> None:
         """Drop metrics beyond a step: a resumed run writes them again, and the store does not get them twice."""
+        entries = list(self._journal.entries())
         with edit_sync_state(self.run_dir) as state:
-            dropped = self._journal.truncate_after(step)
-            for entry in dropped:
-                if entry.end <= state.offset:
+            sent = [entry for entry in entries if entry.end <= state.offset]
+            for entry in sent:
+                if entry.step > step:
                     state.resent |= {key: max(entry.step, state.resent.get(key, -1)) for key in entry.metrics}
+            state.offset = max((entry.end for entry in sent if entry.step <= step), default=0)
+            state.save(self.run_dir)  # before the cut: nobody could tell afterwards what the store has
+            self._journal.truncate_after(step)
             state.offset = min(state.offset, self._journal.size())
 
     def finish(
