@@ -177,4 +177,6 @@ def test_a_run_killed_again_and_again_ends_as_if_it_had_not_been(whole: Path, tm
     assert curves(resumed) == curves(whole)
     points = stored_points(tmp_path / "mlflow.db", resumed)
     lines = [json.loads(line) for line in (resumed / "metrics.jsonl").read_text().splitlines()]
-    assert points == Counter((key, line["step"]) for line in lines for key in line["metrics"])
+    written = Counter((key, line["step"]) for line in lines for key in line["metrics"])
+    assert set(points) == set(written)
+    assert points <= written, "the store has points more often than the journal"
