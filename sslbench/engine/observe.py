@@ -80,7 +80,7 @@ class RunObserver:
 
     def probe(self, step: int, epoch: int) -> None:
         values = self.probes.run(epoch)
-        self._log(step, {**values, "train/epoch": float(epoch)})
+        self._log(step, values)
         words = "  ".join(f"{key.removeprefix('probe/')} {value:.4g}" for key, value in values.items())
         self.console.info(f"  epoch {epoch}: probe {words}")
         warning = collapse_warning(values, self.parts.method.export().dim)
