@@ -97,6 +97,7 @@ def test_sigterm_saves_and_exits_75(cli: Cli, workdir: Path) -> None:
     assert json.loads((run_dir(workdir, "stopped") / "run.json").read_text())["status"] == "KILLED"
 
 
+@pytest.mark.slow
 def test_probes_do_not_change_training(cli: Cli, workdir: Path) -> None:
     options = (*SMALL, "train.epochs=2", "run.evals=[]")
     cli("pretrain", "--method", "simclr", *options, "run.name=with", "probe.every=1")
@@ -107,6 +108,7 @@ def test_probes_do_not_change_training(cli: Cli, workdir: Path) -> None:
         assert torch.equal(value, weights(second)[key]), key
 
 
+@pytest.mark.slow
 def test_seeds_make_a_spread(cli: Cli) -> None:
     cli("pretrain", "--method", "random", "--dataset", "digits", "--seeds", "1,2", "run.evals=[knn]")
     rows = json.loads(cli("compare", "--json").stdout)["rows"]
@@ -114,6 +116,7 @@ def test_seeds_make_a_spread(cli: Cli) -> None:
     assert [row["cells"][0]["n"] for row in rows] == [2]
 
 
+@pytest.mark.slow
 def test_init_from_starts_from_the_other_runs_weights(cli: Cli, workdir: Path) -> None:
     cli("pretrain", "--method", "random", "--dataset", "digits", "run.name=start", "run.seed=5", "--no-evals")
     tiny = ("optim.lr=1e-12", "optim.weight_decay=0", "--limit", "1", "--no-evals", "run.name=next")
@@ -194,6 +197,7 @@ def sslbench_run_finished(run_dir, status):
 '''
 
 
+@pytest.mark.slow
 def test_observers_are_told_and_cannot_end_a_run(cli: Cli, workdir: Path) -> None:
     (workdir / "observer.py").write_text(OBSERVER)
     options = ("-p", "observer.py", "pretrain", "--method", "simclr", *SMALL, "--limit", "2", "--no-evals")
