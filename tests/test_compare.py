@@ -160,6 +160,9 @@ def test_test_columns_come_first_and_all_renderings_agree(tmp_path: Path) -> Non
 def test_an_overview_ranks_in_its_first_line(tmp_path: Path) -> None:
     for method, top1 in (("byol", 60.0), ("simclr", 70.0)):
         write_run(tmp_path, method=method, top1=top1)
+        if method == "byol":
+            transferred = tmp_path / "toy" / "byol-s1-1-0.1-FINISHED-False" / "artifacts"
+            write_result(transferred, 99.0, version=2)
     text = overview(compare(load_results(tmp_path)))
     assert text.splitlines()[0] == "test v1, toy, top1: **simclr** 70.00 > **byol** 60.00"
     assert overview(compare([])) == "No finished evaluation yet."

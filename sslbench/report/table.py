@@ -43,10 +43,13 @@ def to_markdown(comparison: Comparison) -> str:
 
 
 def overview(comparison: Comparison) -> str:
-    """Markdown whose first line ranks the models by the first column, followed by the whole table."""
+    """Markdown whose first line ranks the models, followed by the whole table.
+
+    The ranking is by the column that most models have, the first of those: a transfer of one model ranks nobody.
+    """
     if not comparison.columns or not comparison.rows:
         return "No finished evaluation yet."
-    column = comparison.columns[0]
+    column = max(comparison.columns, key=lambda column: sum(column in row.cells for row in comparison.rows))
     scored = [(row, cell) for row in comparison.rows if (cell := row.cells.get(column)) is not None]
     scored.sort(key=lambda pair: pair[1].mean, reverse=column.direction == "max")
     ranking = " > ".join(f"**{row.method}** {cell}" for row, cell in scored[:_RANKED])
