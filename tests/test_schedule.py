@@ -76,3 +76,35 @@ def test_warmup_longer_than_the_run(schedule):
 @pytest.mark.parametrize("schedule", ["cosine", "constant", "step"])
 def test_one_step(schedule):
     assert math.isfinite(rates(OptimOptions(schedule=schedule), 1, 1)[0])
+
+
+@pytest.mark.parametrize(
+    ("iteration", "expected"),
+    [(0, 0.3), (1, 0.3014428), (3119, 4.8), (3120, 4.8), (312 * 205, 2.4024), (312 * 400 - 1, 0.0048)],
+)
+def test_swav_golden_values(iteration, expected):
+    """SwAV, 400 epochs of 312 steps: 10 epochs from 0.3 to 4.8, then down to 0.0048."""
+    options = OptimOptions(warmup_epochs=10, warmup_from=0.3 / 4.8, final_lr=0.001, advance="elapsed")
+    value = learning_rate(options, peak=4.8, step=iteration, steps=400 * 312, steps_per_epoch=312)
+    assert value == pytest.approx(expected, rel=1e-6)
+
+
+@pytest.mark.parametrize(("iteration", "expected"), [(0, 0.6), (100 * 5004, 0.3003), (200 * 5004 - 1, 0.0006)])
+def test_swav_golden_values_of_small_batches(iteration, expected):
+    options = OptimOptions(final_lr=0.001, advance="elapsed")
+    value = learning_rate(options, peak=0.6, step=iteration, steps=200 * 5004, steps_per_epoch=5004)
+    assert value == pytest.approx(expected, rel=1e-6)
+
+
+@pytest.mark.parametrize(("epoch", "expected"), [(0, 0.3), (100, 0.15), (199, 1.85e-5)])
+def test_moco_changes_the_rate_between_epochs_only(epoch, expected):
+    """MoCo: 200 epochs of 462 steps at 0.3, cosine of whole epochs."""
+    options = OptimOptions(advance="epoch")
+    for step in (epoch * 462, epoch * 462 + 461):
+        value = learning_rate(options, peak=0.3, step=step, steps=200 * 462, steps_per_epoch=462)
+        assert value == pytest.approx(expected, rel=1e-3)
+
+
+def test_warm_up_by_epochs_is_a_staircase():
+    options = OptimOptions(schedule="constant", warmup_epochs=2, warmup_from=0.5, advance="epoch")
+    assert rates(options, 6, 2) == [0.5, 0.5, 0.75, 0.75, 1.0, 1.0]

@@ -60,6 +60,8 @@ class TrainOptions(Options):
     """Clip the global gradient norm to this value."""
     deterministic: bool = True
     """Ask torch for deterministic kernels."""
+    sync_bn: bool = True
+    """On several GPUs: normalise over the rows of all of them; off: each over its own."""
     log_every: int = cosmetic(10, ge=1)
     """Steps between two lines of metrics."""
 
@@ -93,7 +95,13 @@ class OptimOptions(Options):
     schedule: Literal["cosine", "constant", "step"] = "cosine"
     """What happens to the learning rate after the warm-up."""
     warmup_epochs: float = Field(0.0, ge=0)
-    """Linear warm-up. All schedules advance per step with fractional epochs; the first step is 1/steps."""
+    """Length of the linear warm-up."""
+    warmup_from: float = Field(0.0, ge=0)
+    """Where the warm-up starts, as a fraction of the peak."""
+    advance: Literal["begun", "elapsed", "epoch"] = "begun"
+    """How time is counted: in steps `begun` (the first step is 1/steps of the run; SCRL, BYOL), in steps
+    `elapsed` (the first step is 0, the last one of the warm-up is at the peak; SwAV), or in whole epochs elapsed
+    (MoCo)."""
     final_lr: float = Field(0.0, ge=0)
     """Cosine: last value, as a fraction of the peak."""
     milestones: tuple[float, ...] = (0.5, 0.75)

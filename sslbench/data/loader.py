@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from functools import lru_cache
+from itertools import tee
 
 import torch
 from torch import Tensor
@@ -82,6 +83,7 @@ class TrainLoader:
         self._workers = default_workers() if workers is None else workers
         self._targets = source.targets if labels else None
         self._global_batch = global_batch
+        self._rank, self._world = rank, world
         self._rows = rank_share(global_batch, rank, world)
         self._permutation = lru_cache(maxsize=2)(self._draw_permutation)
         self._check(labels, world)
@@ -115,11 +117,32 @@ class TrainLoader:
         Raises:
             DataError: more than ``data.max_unreadable`` images are unreadable.
         """
-        chunks = (self._chunk(step) for step in range(start_step, stop_step))
-        produce = self._resident if isinstance(self.store, ResidentStore) else self._decoded
-        batches = produce(chunks, range(start_step, stop_step))
+        batches = self._produce((self._chunk(step) for step in range(start_step, stop_step)), self.views)
         while (batch := self._timed_next(batches)) is not None:
             yield batch
+
+    @property
+    def images(self) -> ImagePasses:
+        """Passes over all training images, outside the order of training."""
+        return ImagePasses(self)
+
+    def ordered(self, views: ViewExecutor, step: int) -> Iterator[Batch]:
+        """This rank's share of all training images in order, in batches of about the global batch's size.
+
+        Args:
+            views: what each image is shown in.
+            step: of the draws; negative, so that no training step has the same.
+        """
+        batches = torch.arange(self.num_images).tensor_split(self.steps_per_epoch)
+        return self._produce((self._ordered_chunk(step, positions) for positions in batches), views)
+
+    def _ordered_chunk(self, step: int, positions: Tensor) -> Chunk:
+        rows = rank_share(len(positions), self._rank, self._world)
+        positions = positions[rows.start : rows.stop]
+        return Chunk(step, positions, self._samples[positions])
+
+    def _produce(self, chunks: Iterable[Chunk], views: ViewExecutor) -> Iterator[Batch]:
+        return (self._resident if isinstance(self.store, ResidentStore) else self._decoded)(chunks, views)
 
     def _timed_next(self, batches: Iterator[Batch]) -> Batch | None:
         began = time.perf_counter()
@@ -139,7 +162,7 @@ class TrainLoader:
         generator = torch.Generator().manual_seed(derive_seed(self.seed, "epoch", epoch))
         return torch.randperm(self.num_images, generator=generator)
 
-    def _resident(self, chunks: Iterator[Chunk], _steps: range) -> Iterator[Batch]:
+    def _resident(self, chunks: Iterable[Chunk], views: ViewExecutor) -> Iterator[Batch]:
         store = self.store
         assert isinstance(store, ResidentStore)
         shown = _replacements(self._samples, set(store.unreadable.reasons), len(self.source))
@@ -147,24 +170,44 @@ class TrainLoader:
             samples = samples if shown is None else shown[samples]
             draws = Draws(self.seed, step, positions)
             sizes = torch.tensor(store.image_size).expand(len(samples), 2)
-            geometry = self.views.geometry(draws, sizes)
-            crops = self.views.crop(store.take(samples), geometry)
-            views = self.views.finish(crops, geometry, draws, sizes)
-            yield self._batch(views, samples, draws)
+            geometry = views.geometry(draws, sizes)
+            crops = views.crop(store.take(samples), geometry)
+            yield self._batch(views.finish(crops, geometry, draws, sizes), samples, draws)
 
-    def _decoded(self, chunks: Iterator[Chunk], steps: range) -> Iterator[Batch]:
-        decoder = Decoder(self.source, self._samples, self.views, self.seed)
-        positions = torch.arange(self._rows.start, self._rows.stop)
-        for step, decoded in zip(steps, decode(decoder, chunks, self._workers), strict=True):
+    def _decoded(self, chunks: Iterable[Chunk], views: ViewExecutor) -> Iterator[Batch]:
+        decoder = Decoder(self.source, self._samples, views, self.seed)
+        asked, decoding = tee(chunks)
+        for chunk, decoded in zip(asked, decode(decoder, decoding, self._workers), strict=True):
             self.store.unreadable.add(decoded.unreadable)
-            draws = Draws(self.seed, step, positions)
-            views = finish_decoded(self.views, decoded, draws, self.device)
-            yield self._batch(views, decoded.samples, draws)
+            draws = Draws(self.seed, chunk.step, chunk.positions)
+            yield self._batch(finish_decoded(views, decoded, draws, self.device), decoded.samples, draws)
 
     def _batch(self, views: tuple[View, ...], index: Tensor, draws: Draws) -> Batch:
         # A blocking copy would wait until the device has finished the step before.
         labels = None if self._targets is None else self._targets[index].to(self.device, non_blocking=True)
         return Batch(views, index.to(self.device, non_blocking=True), draws, labels)
+
+
+class ImagePasses:
+    """Passes over a training loader's images, for methods that look at all of them before an epoch."""
+
+    def __init__(self, loader: TrainLoader) -> None:
+        self._loader = loader
+
+    def clean(self) -> Iterator[tuple[Tensor, Tensor]]:
+        """Un-augmented images ``[b,3,S,S]`` in the size of the first view, and their sample numbers ``[b]``."""
+        views = self._loader.views
+        spec = ViewSpec(size=views.specs[0].size, crop="none", center=self._center(), flip=0.0)
+        for batch in self._loader.ordered(views.like([spec]), step=-1):
+            yield batch.views[0].images, batch.index
+
+    def _center(self) -> float:
+        """As evaluations cut: images of varying size lose their border."""
+        return 1.0 if isinstance(self._loader.store, ResidentStore) else 0.875
+
+    def augmented(self, number: int) -> Iterator[Batch]:
+        """All images in the method's own views; another ``number`` gives other views."""
+        return self._loader.ordered(self._loader.views, step=-2 - number)
 
 
 def _replacements(samples: Tensor, unreadable: set[int], total: int) -> Tensor | None:

@@ -6,6 +6,7 @@ the geometry of a sample does not depend on the batch, worker or rank that compu
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Sequence
 from typing import NamedTuple
@@ -137,10 +138,17 @@ class ViewExecutor:
         channels_last: bool = False,
     ) -> None:
         self.specs = expand(specs, size)
+        self.size = size
         self.device = device
         self.mean = torch.tensor(mean, dtype=torch.float32, device=device)
         self.std = torch.tensor(std, dtype=torch.float32, device=device)
         self.memory_format = torch.channels_last if channels_last else torch.contiguous_format
+
+    def like(self, specs: Sequence[ViewSpec]) -> ViewExecutor:
+        """An executor of other views of the same images on the same device."""
+        other = copy.copy(self)
+        other.specs = expand(specs, self.size)
+        return other
 
     def geometry(self, draws: Draws, sizes: Tensor) -> list[Geometry]:
         """Draw crop boxes and flips, one :class:`Geometry` per view; ``sizes`` int64 ``[B,2]`` heights, widths."""

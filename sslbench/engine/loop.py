@@ -18,7 +18,7 @@ from sslbench.config.schema import CoreOptions
 from sslbench.engine.optim import set_learning_rate
 from sslbench.engine.schedule import learning_rate, peak_lr
 from sslbench.errors import DivergedError, PluginError
-from sslbench.plugin.api import Batch, Method, Progress
+from sslbench.plugin.api import Batch, Method, Progress, TrainingImages
 from sslbench.rng import derive_seed
 
 
@@ -27,6 +27,9 @@ class Loader(Protocol):
 
     steps_per_epoch: int
     wait_seconds: float
+
+    @property
+    def images(self) -> TrainingImages: ...
 
     def batches(self, start_step: int, stop_step: int) -> Iterator[Batch]: ...
 
@@ -192,10 +195,10 @@ class Loop:
         return True
 
     def _step(self, progress: Progress, batch: Batch) -> None:
+        if progress.step % self.plan.steps_per_epoch == 0:
+            self._start_epoch(progress.epoch)
         # Dropout and the like draw from torch's generators: seeding them per step makes a resumed run exact.
         torch.manual_seed(derive_seed(self.core.run.seed, "step", progress.step, comm.rank()))
-        if progress.step % self.plan.steps_per_epoch == 0:
-            self.method.start_epoch(progress.epoch)
         set_learning_rate(self.optimizer, self._lr(progress.step))
         with self._autocast():
             output = self.model(batch)
@@ -212,6 +215,11 @@ class Loop:
         self.method.after_step(progress)
         self.meter.add(output)
         self.clock.steps += 1
+
+    def _start_epoch(self, epoch: int) -> None:
+        torch.manual_seed(derive_seed(self.core.run.seed, "epoch", epoch))
+        with self.clock.pause(), self._autocast():
+            self.method.start_epoch(epoch, self.loader.images)
 
     def _after(self, done: int, stopping: bool) -> None:
         if done % self.core.train.log_every == 0 or done == self.plan.stop_step:

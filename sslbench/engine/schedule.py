@@ -17,26 +17,38 @@ def peak_lr(options: OptimOptions, batch_size: int) -> float:
 def learning_rate(options: OptimOptions, *, peak: float, step: int, steps: int, steps_per_epoch: int) -> float:
     """Learning rate of one optimiser step.
 
-    Time is counted in steps begun, so the first step has the rate of 1/steps_per_epoch of an epoch (not zero) and
-    the last one that of the end of the run.
-
     Args:
-        options: the schedule.
+        options: the schedule; ``advance`` says how time is counted.
         peak: rate at the end of warm-up, from :func:`peak_lr`.
         step: zero-based step.
         steps: length of the run.
         steps_per_epoch: steps in one epoch; ``warmup_epochs`` is measured in it.
     """
-    begun = step + 1
     warmup = options.warmup_epochs * steps_per_epoch
-    if begun <= warmup:
-        return peak * begun / warmup
+    now = _now(options, step, steps_per_epoch)
+    if now <= warmup and step < warmup:
+        return peak * _warmup(options, now, warmup)
     if options.schedule == "cosine":
-        return peak * _cosine((begun - warmup) / (steps - warmup), options.final_lr)
+        return peak * _cosine((now - warmup) / (steps - warmup), options.final_lr)
     if options.schedule == "step":
         passed = sum(step / steps >= milestone for milestone in options.milestones)
         return peak * options.gamma**passed
     return peak
+
+
+def _now(options: OptimOptions, step: int, steps_per_epoch: int) -> int:
+    """How far the schedule has advanced, in steps."""
+    if options.advance == "begun":
+        return step + 1
+    if options.advance == "elapsed":
+        return step
+    return step // steps_per_epoch * steps_per_epoch
+
+
+def _warmup(options: OptimOptions, now: int, warmup: float) -> float:
+    """From ``warmup_from`` to 1. Counted in elapsed steps, the last one of the warm-up is at 1 already."""
+    length = max(warmup - 1, 1) if options.advance == "elapsed" else warmup
+    return options.warmup_from + (1 - options.warmup_from) * min(now / length, 1)
 
 
 def _cosine(fraction: float, final: float) -> float:

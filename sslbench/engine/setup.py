@@ -129,15 +129,17 @@ def build_parts(composed: Composed, log: Callable[[str], None], start: Start | N
     layout = _memory_format(core.train, device)
     method = method.to(device=device, memory_format=layout)  # type: ignore[call-overload]
     if comm.world() > 1:
-        method = _share_statistics(method, device, log)
+        method = _share_statistics(method, core.train.sync_bn, device, log)
     if core.train.compile:
         compile_backbones(method)
     plan = Plan(core, loader.steps_per_epoch)
     return Parts(device, choose_bf16(core.train, device), dataset, method, side, loader, plan)
 
 
-def _share_statistics(method: Method, device: torch.device, log: Callable[[str], None]) -> Method:
+def _share_statistics(method: Method, wanted: bool, device: torch.device, log: Callable[[str], None]) -> Method:
     """Batch normalisation over the rows of all ranks, as one process would have it; torch has it on CUDA only."""
+    if not wanted:
+        return method
     if device.type == "cuda":
         return nn.SyncBatchNorm.convert_sync_batchnorm(method)  # type: ignore[no-any-return,no-untyped-call]
     if any(isinstance(module, nn.modules.batchnorm._BatchNorm) for module in method.modules()):

@@ -6,10 +6,10 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, ClassVar, Literal, NamedTuple, Protocol
+from typing import Any, ClassVar, Literal, NamedTuple, Protocol, Self
 
 import torch
-from pydantic import Field
+from pydantic import Field, model_validator
 from torch import Tensor, nn
 
 from sslbench.config.options import Options, cosmetic
@@ -34,6 +34,7 @@ __all__ = [
     "Options",
     "Progress",
     "Source",
+    "TrainingImages",
     "View",
     "ViewSpec",
 ]
@@ -68,6 +69,11 @@ class Batch:
     def __len__(self) -> int:
         return len(self.index)
 
+    @property
+    def step(self) -> int:
+        """Zero-based step of the run, of which schedules within ``forward`` are pure functions."""
+        return self.draws.step
+
     def uniform(self, *shape: int) -> Tensor:
         """float32 ``[B, *shape]`` in [0, 1): a pure function of (seed, step, sample position, call number)."""
         self._uses += 1
@@ -81,6 +87,9 @@ class Features(NamedTuple):
     """``[B,D]``"""
     map: Tensor
     """``[B,D,h,w]``: the last feature map, before pooling."""
+    stem: Tensor | None = None
+    """``[B,C,h,w]``: after the first convolution, normalisation and activation, before any pooling; given by
+    backbones that provide ``stem``."""
 
 
 @dataclass(frozen=True)
@@ -119,6 +128,8 @@ class Backbone(nn.Module, ABC):
     """Number of features D."""
     stride: int
     """Input pixels per cell of the feature map."""
+    stem_dim: int
+    """Channels of the stem's map; only of backbones that provide ``stem``."""
 
     def __init__(self, cfg: Options, image_size: int) -> None:
         super().__init__()
@@ -128,6 +139,28 @@ class Backbone(nn.Module, ABC):
     @abstractmethod
     def forward(self, images: Tensor) -> Features:
         """``[B,3,H,W]`` to :class:`Features`."""
+
+
+class TrainingImages(Protocol):
+    """The images a method pretrains on, for methods that look at all of them before an epoch."""
+
+    def clean(self) -> Iterator[tuple[Tensor, Tensor]]:
+        """This rank's share of all images in order, un-augmented, in the size of the first view.
+
+        Yields:
+            Normalised images ``[b,3,S,S]`` and their int64 sample numbers ``[b]``.
+        """
+        ...
+
+    def augmented(self, number: int) -> Iterator[Batch]:
+        """This rank's share of all images in order, each in the method's own views, in about equal batches.
+
+        All ranks get the same number of batches. :attr:`Batch.step` is negative here.
+
+        Args:
+            number: another one gives other views; pass the epoch.
+        """
+        ...
 
 
 @dataclass(frozen=True)
@@ -153,6 +186,15 @@ class MethodConfig(Options):
     views: tuple[ViewSpec, ...] = ()
     """The views of each image, in order."""
 
+    @model_validator(mode="after")
+    def _near_names_an_earlier_view(self) -> Self:
+        number = 0
+        for spec in self.views:
+            if spec.near is not None and spec.near >= number:
+                raise ValueError(f"view {number} must overlap an earlier view, got near: {spec.near}")
+            number += spec.count
+        return self
+
 
 class Method(nn.Module, ABC):
     """A self-supervised method: images in, a loss out.
@@ -166,7 +208,7 @@ class Method(nn.Module, ABC):
     defaults: ClassVar[Mapping[str, Any]] = {}
     """Core options this method wants, as a nested mapping (``{"optim": {"name": "lars"}}``)."""
     requires: ClassVar[frozenset[str]] = frozenset({"pooled"})
-    """What it needs of a backbone: ``pooled``, ``map``."""
+    """What it needs of a backbone: ``pooled``, ``map``, ``stem``."""
     uses_labels: ClassVar[bool] = False
     trains: ClassVar[bool] = True
     """False for a method that only provides weights, such as the random control."""
@@ -185,8 +227,12 @@ class Method(nn.Module, ABC):
         """Optimiser groups ``{"params": [(name, parameter)], "lr_scale": 1.0}``; None: one group of everything."""
         return None
 
-    def start_epoch(self, epoch: int) -> None:
-        """Called before the first step of each epoch (zero-based)."""
+    def start_epoch(self, epoch: int, images: TrainingImages) -> None:
+        """Called before the first step of each epoch (zero-based); never in the middle of one.
+
+        A run that resumes within an epoch does not call it again, so what it computes belongs into buffers.
+        torch's generators hold the same state on every rank then, whatever the number of ranks.
+        """
 
     def before_step(self, progress: Progress) -> None:
         """Called after backward and before the optimiser's step: edit gradients here."""
@@ -211,7 +257,7 @@ class DatasetInfo:
     splits: tuple[str, ...]
     """``train`` and ``test``; perhaps ``val`` and ``unlabeled``."""
     pretrain_split: str = "train"
-    task: Literal["classification", "unlabelled"] = "classification"
+    task: Literal["classification", "multilabel", "unlabelled"] = "classification"
 
 
 class Source(ABC):
@@ -227,7 +273,17 @@ class Source(ABC):
     @property
     @abstractmethod
     def targets(self) -> Tensor | None:
-        """int64 ``[N]`` class numbers, or None for unlabelled images."""
+        """int64 ``[N]`` class numbers; None for unlabelled images. Of a multi-label data set ``[N,C]``: 1 for
+        present, 0 for absent, -1 for not to be judged ("difficult")."""
+
+    @property
+    def blocks(self) -> Tensor | None:
+        """int64 ``[N]``: which archive each image lies in, if reading neighbours is much cheaper than jumping.
+
+        Training then visits the archives in random order, a few at a time, and shuffles within those few.
+        None: every image costs the same.
+        """
+        return None
 
     def pixels(self) -> Tensor | None:
         """All images as uint8 ``[N,3,H,W]`` if they are in memory already, else None."""

@@ -56,12 +56,19 @@ class ViewSpec(Options):
     """`resized`: range of the crop's area as a fraction of the image."""
     ratio: tuple[float, float] = (3 / 4, 4 / 3)
     """`resized`: range of the crop's aspect ratio, drawn log-uniformly."""
+    near: int | None = Field(None, ge=0)
+    """`resized`: number of an earlier view (from 0) whose crop this one must overlap; unset: none."""
+    overlap: float = Field(0.1, gt=0, le=1)
+    """`near`: least overlap as a fraction of this crop's target area. If ten tries fail, the crop is drawn
+    without the constraint."""
     padding: float = Field(0.125, ge=0, le=1)
     """`padded`: zero padding per side as a fraction of the image (4 pixels of 32)."""
     interpolation: Literal["bilinear", "bicubic"] = "bicubic"
     """Antialiased, as PIL's resize."""
     flip: float = Field(0.5, ge=0, le=1)
     """Probability of a horizontal flip."""
+    autoaugment: float = Field(0.0, ge=0, le=1)
+    """Probability that AutoAugment's ImageNet policy takes the place of the colour operations below."""
     jitter: Jitter | None = None
     """Colour jitter in a random order per image."""
     gray: float = Field(0.0, ge=0, le=1)
@@ -77,4 +84,6 @@ class ViewSpec(Options):
             raise ValueError(f"scale must satisfy 0 < low <= high <= 1, got {self.scale}")
         if not 0 < self.ratio[0] <= self.ratio[1]:
             raise ValueError(f"ratio must satisfy 0 < low <= high, got {self.ratio}")
+        if self.near is not None and self.crop != "resized":
+            raise ValueError(f"near needs crop 'resized', got '{self.crop}'")
         return self
