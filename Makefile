@@ -42,8 +42,8 @@ slow: $(VENV)/.installed-dev
 	$(BIN)/python -m pytest -q -m slow
 
 lint: $(VENV)/.installed-dev
-	$(BIN)/ruff check sslbench plugins tests
-	$(BIN)/ruff format --check sslbench plugins tests
+	$(BIN)/ruff check sslbench plugins tests benchmarks
+	$(BIN)/ruff format --check sslbench plugins tests benchmarks
 	$(BIN)/mypy
 
 docs: $(VENV)/.installed
