@@ -111,6 +111,14 @@ def all_sum(value: Tensor) -> Tensor:
     return cast(Tensor, _AllSum.apply(value))
 
 
+def all_max(value: Tensor) -> Tensor:
+    """Elementwise maximum over ranks, without gradient."""
+    largest = value.detach().clone()
+    if world() > 1:
+        dist.all_reduce(largest, dist.ReduceOp.MAX)
+    return largest
+
+
 def global_mean(values: Tensor, weights: Tensor | None = None) -> Tensor:
     """Mean of per-row values over the rows of all ranks.
 
