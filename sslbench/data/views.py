@@ -16,13 +16,13 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from sslbench.data.augment import normalize
+from sslbench.data.boxes import CROP_TRIES, center_box, overlapping_box, padded_box, random_resized_box
 from sslbench.data.photometric import augment_colors
 from sslbench.data.resample import resample, resize_matrix, to_rows
+from sslbench.errors import ConfigError
 from sslbench.plugin.api import View
 from sslbench.plugin.viewspec import ViewSpec
 from sslbench.rng import Draws
-
-CROP_TRIES = 10
 
 
 class Geometry(NamedTuple):
@@ -35,84 +35,51 @@ class Geometry(NamedTuple):
 
 
 def expand(specs: Sequence[ViewSpec], default_size: int) -> tuple[ViewSpec, ...]:
-    """One specification per view: counts multiplied out, missing sizes filled in."""
-    return tuple(
+    """One specification per view: counts multiplied out, missing sizes filled in.
+
+    Raises:
+        ConfigError: ``near`` names no earlier view.
+    """
+    views = tuple(
         spec.model_copy(update={"count": 1, "size": spec.size or default_size})
         for spec in specs
         for _ in range(spec.count)
     )
+    for number, view in enumerate(views):
+        if view.near is not None and view.near >= number:
+            raise ConfigError(
+                f"view {number} has near={view.near}, which is not an earlier view",
+                hint="views are numbered from 0 in the order of method.views, each one of a count by itself",
+            )
+    return views
 
 
-def random_resized_box(sizes: Tensor, spec: ViewSpec, uniform: Tensor) -> Tensor:
-    """Random rectangles as torchvision's ``RandomResizedCrop`` draws them.
-
-    Each image takes the first of ten random (area, aspect ratio) pairs that fits inside it, at a random position;
-    if none fits, the largest centred rectangle with an allowed aspect ratio.
+def draw_geometry(
+    spec: ViewSpec, sizes: Tensor, draws: Draws, stream: str, anchor: Geometry | None = None
+) -> Geometry:
+    """Crop box and flip of one view of each sample.
 
     Args:
-        sizes: heights and widths, float64 ``[B,2]``.
-        spec: gives ``scale`` and ``ratio``.
-        uniform: float64 ``[B,11,2]``: ten tries, then the position.
-
-    Returns:
-        float64 ``[B,4]``: x0, y0, x1, y1, whole numbers.
+        spec: the view.
+        sizes: int64 heights and widths ``[B,2]``.
+        draws: random numbers of these B samples.
+        stream: prefix of this view's random streams.
+        anchor: the view that ``spec.near`` names.
     """
-    tries, position = uniform[:, :CROP_TRIES], uniform[:, CROP_TRIES]
-    area = sizes.prod(1, keepdim=True) * torch.lerp(*_bounds(spec.scale), tries[:, :, 0])
-    ratio = torch.lerp(*_bounds((math.log(spec.ratio[0]), math.log(spec.ratio[1]))), tries[:, :, 1]).exp()
-    extents = torch.stack([area / ratio, area * ratio], dim=2).sqrt().round()
-    fits = ((extents >= 1) & (extents <= sizes[:, None])).all(2)
-    first = fits.int().argmax(1)
-    extent = extents[torch.arange(len(sizes)), first]
-    corner = (position * (sizes - extent + 1)).floor()
-    fallback = _largest_extent(sizes, spec.ratio)
-    none_fits = ~fits.any(1, keepdim=True)
-    extent = torch.where(none_fits, fallback, extent)
-    corner = torch.where(none_fits, ((sizes - fallback) / 2).floor(), corner)
-    return _box(corner, extent)
-
-
-def _bounds(limits: tuple[float, float]) -> tuple[Tensor, Tensor]:
-    return torch.tensor(limits[0], dtype=torch.float64), torch.tensor(limits[1], dtype=torch.float64)
-
-
-def _largest_extent(sizes: Tensor, ratio: tuple[float, float]) -> Tensor:
-    """Height and width of the largest rectangle in each image whose width/height lies within ``ratio``."""
-    height, width = sizes.unbind(1)
-    rows = torch.minimum(height, (width / ratio[0]).round())
-    columns = torch.minimum(width, (height * ratio[1]).round())
-    return torch.stack([rows, columns], dim=1).clamp(min=1)
-
-
-def padded_box(sizes: Tensor, spec: ViewSpec, uniform: Tensor) -> Tensor:
-    """Boxes of the image's own size, displaced by whole pixels up to the padding (arguments as above)."""
-    padding = (sizes * spec.padding).round()
-    corner = (uniform[:, 0] * (2 * padding + 1)).floor() - padding
-    return _box(corner, sizes)
-
-
-def center_box(sizes: Tensor, spec: ViewSpec) -> Tensor:
-    """Centred squares whose side is the fraction ``spec.center`` of the short side."""
-    side = (sizes.amin(1, keepdim=True) * spec.center).round().clamp(min=1).expand_as(sizes)
-    return _box(((sizes - side) / 2).round(), side)
-
-
-def _box(corner: Tensor, extent: Tensor) -> Tensor:
-    """x0, y0, x1, y1 from (top, left) and (height, width)."""
-    return torch.cat([corner.flip(1), (corner + extent).flip(1)], dim=1)
-
-
-def draw_geometry(spec: ViewSpec, sizes: Tensor, draws: Draws, stream: str) -> Geometry:
-    """Crop box and flip of one view of each sample; ``sizes`` are int64 heights and widths ``[B,2]``."""
-    extents = sizes.double()
-    if spec.crop == "resized":
-        box = random_resized_box(extents, spec, draws.uniform(f"{stream}/crop", CROP_TRIES + 1, 2).double())
-    elif spec.crop == "padded":
-        box = padded_box(extents, spec, draws.uniform(f"{stream}/crop", 1, 2).double())
-    else:
-        box = center_box(extents, spec)
+    box = _draw_box(spec, sizes.double(), draws, stream)
+    if anchor is not None:
+        tries = draws.uniform(f"{stream}/near", CROP_TRIES, 4).double()
+        box = overlapping_box(sizes.double(), spec, tries, anchor.box.double(), otherwise=box)
     flip = draws.uniform(f"{stream}/flip") < spec.flip
     return Geometry(box.float(), flip)
+
+
+def _draw_box(spec: ViewSpec, sizes: Tensor, draws: Draws, stream: str) -> Tensor:
+    if spec.crop == "resized":
+        return random_resized_box(sizes, spec, draws.uniform(f"{stream}/crop", CROP_TRIES + 1, 2).double())
+    if spec.crop == "padded":
+        return padded_box(sizes, spec, draws.uniform(f"{stream}/crop", 2).double())
+    return center_box(sizes, spec)
 
 
 class ViewExecutor:
@@ -152,7 +119,11 @@ class ViewExecutor:
 
     def geometry(self, draws: Draws, sizes: Tensor) -> list[Geometry]:
         """Draw crop boxes and flips, one :class:`Geometry` per view; ``sizes`` int64 ``[B,2]`` heights, widths."""
-        return [draw_geometry(spec, sizes, draws, f"view{v}") for v, spec in enumerate(self.specs)]
+        geometry: list[Geometry] = []
+        for v, spec in enumerate(self.specs):
+            anchor = None if spec.near is None else geometry[spec.near]
+            geometry.append(draw_geometry(spec, sizes, draws, f"view{v}", anchor))
+        return geometry
 
     def crop(self, images: Tensor, geometry: list[Geometry]) -> list[Tensor]:
         """Crop, resize and flip images of one size.
