@@ -39,6 +39,9 @@ def count(module: nn.Module) -> int:
         ("resnet34", 21_284_672, 512),
         ("resnet50", 23_508_032, 2048),
         ("resnet101", 42_500_160, 2048),
+        ("resnet50w2", 93_907_072, 4096),
+        ("resnet50w4", 375_378_176, 8192),
+        ("resnet50w5", 586_450_240, 10240),
     ],
 )
 def test_parameter_counts_and_dims(name, parameters, dim):
@@ -54,7 +57,7 @@ def test_shapes_and_pooling(name, size):
     backbone = build(name, image_size=size)
     images = torch.randn(2, 3, size, size)
     for training in (True, False):
-        pooled, feature_map = backbone.train(training)(images)
+        pooled, feature_map, _stem = backbone.train(training)(images)
         assert pooled.shape == (2, backbone.dim)
         side = feature_map.shape[-1]
         assert feature_map.shape == (2, backbone.dim, side, side)
@@ -66,9 +69,63 @@ def test_shapes_and_pooling(name, size):
 def test_large_images(name, side):
     backbone = build(name, image_size=224).eval()
     with torch.no_grad():
-        pooled, feature_map = backbone(torch.randn(1, 3, 224, 224))
+        pooled, feature_map, _stem = backbone(torch.randn(1, 3, 224, 224))
     assert pooled.shape == (1, backbone.dim)
     assert feature_map.shape == (1, backbone.dim, side, side)
+
+
+@pytest.mark.parametrize(
+    ("name", "size", "channels", "side"),
+    [("conv4", 32, 8, 32), ("resnet8", 32, 16, 32), ("resnet18", 32, 64, 32), ("resnet18", 96, 64, 48)],
+)
+def test_stem_map_comes_before_any_pooling(name, size, channels, side):
+    backbone = build(name, image_size=size).eval()
+    convolution, norm = [m for m in backbone.modules() if isinstance(m, nn.Conv2d | nn.BatchNorm2d)][:2]
+    images = torch.randn(2, 3, size, size)
+    stem = backbone(images).stem
+    assert "stem" in backbone.provides
+    assert stem.shape == (2, channels, side, side)
+    assert backbone.stem_dim == channels
+    torch.testing.assert_close(stem, norm(convolution(images)).relu())
+
+
+@pytest.mark.parametrize(("name", "width"), [("resnet50w2", 2), ("resnet50w4", 4), ("resnet50w5", 5)])
+def test_wide_resnets_multiply_every_channel_of_resnet50(name, width):
+    """All shapes follow from torchvision's, so do the keys: checkpoints of other code load as they are."""
+    with torch.device("meta"):
+        reference = torchvision.models.resnet50(weights=None).state_dict()
+        weights = build(name, image_size=224).state_dict()
+        stem = build(name, image_size=224)(torch.empty(2, 3, 224, 224)).stem
+    assert list(weights) == [key for key in reference if not key.startswith("fc.")]
+    for key, tensor in weights.items():
+        narrow = reference[key].shape
+        widened = [n if n == 3 or axis > 1 else n * width for axis, n in enumerate(narrow)]
+        assert list(tensor.shape) == widened, key
+    assert stem.shape == (2, 64 * width, 112, 112)
+
+
+def test_wide_resnets_compute_what_torchvision_computes(monkeypatch):
+    monkeypatch.setattr(CLASSES["resnet50w2"], "width", 1)
+    monkeypatch.setattr(CLASSES["resnet50w2"], "stem_dim", 64)
+    torch.manual_seed(1)
+    reference = torchvision.models.resnet50(weights=None).eval()
+    backbone = build("resnet50w2", image_size=224).eval()
+    backbone.load_state_dict({k: v for k, v in reference.state_dict().items() if not k.startswith("fc.")})
+    reference.fc = nn.Identity()
+    images = torch.randn(1, 3, 64, 64)
+    with torch.no_grad():
+        torch.testing.assert_close(backbone(images).pooled, reference(images))
+
+
+@pytest.mark.slow
+def test_initial_values_of_wide_resnets():
+    backbone = build("resnet50w2", image_size=224, zero_init_residual=True)
+    for module in backbone.modules():
+        if isinstance(module, nn.Conv2d):
+            expected = math.sqrt(2 / (module.kernel_size[0] ** 2 * module.out_channels))
+            assert module.weight.std().item() == pytest.approx(expected, rel=0.05)
+    assert (backbone.layer1[0].bn3.weight == 0).all()
+    assert (backbone.layer1[0].bn2.weight == 1).all()
 
 
 def test_conv4_takes_eight_pixels():

@@ -23,8 +23,10 @@ class Conv4(Backbone):
     """
 
     name = "conv4"
+    provides = frozenset({"pooled", "map", "stem"})
     dim = 64
     stride = 8
+    stem_dim = 8
 
     def __init__(self, cfg: Options, image_size: int) -> None:
         super().__init__(cfg, image_size)
@@ -39,11 +41,12 @@ class Conv4(Backbone):
 
     def forward(self, images: Tensor) -> Features:
         """``[B,3,H,W]`` to features of 64 channels."""
-        x = images
-        for block in (self.block1, self.block2, self.block3):
+        stem = self.block1(images)
+        x = self.pool(stem)
+        for block in (self.block2, self.block3):
             x = self.pool(block(x))
         x = self.block4(x)
-        return Features(pooled=x.mean((2, 3)), map=x)
+        return Features(pooled=x.mean((2, 3)), map=x, stem=stem)
 
 
 @hookimpl

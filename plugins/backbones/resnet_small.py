@@ -45,8 +45,10 @@ def _stage(channels_in: int, channels_out: int, stride: int, blocks: int) -> nn.
 class _SmallResNet(Backbone):
     """CIFAR ResNet of He et al., "Deep residual learning" (CVPR 2016), section 4.2, with option B shortcuts."""
 
+    provides = frozenset({"pooled", "map", "stem"})
     dim = 64
     stride = 4
+    stem_dim = 16
     blocks: ClassVar[int]
     """Residual blocks in each of the three stages."""
 
@@ -64,9 +66,9 @@ class _SmallResNet(Backbone):
 
     def forward(self, images: Tensor) -> Features:
         """``[B,3,H,W]`` to features of 64 channels."""
-        x = self.relu(self.bn1(self.conv1(images)))
-        x = self.layer3(self.layer2(self.layer1(x)))
-        return Features(pooled=x.mean((2, 3)), map=x)
+        stem = self.relu(self.bn1(self.conv1(images)))
+        x = self.layer3(self.layer2(self.layer1(stem)))
+        return Features(pooled=x.mean((2, 3)), map=x, stem=stem)
 
 
 class ResNet8(_SmallResNet):
