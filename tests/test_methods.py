@@ -8,13 +8,20 @@ import pytest
 import torch
 from methods_kit import batch, build, make
 from pydantic import ValidationError
-from sslbench_plugins.methods import byol, random, scrl, simclr, supervised
+from sslbench_plugins.methods import byol, random, relationnet, rotationnet, scrl, simclr, supervised
 
 from sslbench.errors import ConfigError, PluginError
 from sslbench.nn.bootstrap import BootstrapConfig
 from sslbench.plugin.api import Method, Progress
 
-TRAINED = [simclr.SimCLR, byol.BYOL, scrl.SCRL, supervised.Supervised]
+TRAINED = [
+    simclr.SimCLR,
+    byol.BYOL,
+    scrl.SCRL,
+    supervised.Supervised,
+    relationnet.RelationNet,
+    rotationnet.RotationNet,
+]
 BOOTSTRAPPED = [byol.BYOL, scrl.SCRL]
 
 
@@ -159,7 +166,7 @@ def test_random_only_provides_weights() -> None:
         method(batch())
 
 
-@pytest.mark.parametrize("module", [byol, random, scrl, simclr, supervised])
+@pytest.mark.parametrize("module", [byol, random, relationnet, rotationnet, scrl, simclr, supervised])
 def test_plugin_modules_offer_the_method_they_are_named_after(module) -> None:
     (cls,) = module.sslbench_methods()
     assert cls.name == module.__name__.rsplit(".", 1)[1]

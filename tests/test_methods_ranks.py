@@ -9,7 +9,7 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 from methods_kit import batch, make, rows
-from sslbench_plugins.methods import byol, scrl, simclr, supervised
+from sslbench_plugins.methods import byol, relationnet, rotationnet, scrl, simclr, supervised
 from torch import Tensor, nn
 
 from sslbench.plugin.api import Batch, Method
@@ -23,12 +23,16 @@ METHODS = {
     "scrl": (scrl.SCRL, {"boxes": {"per_image": 3}}),
     "scrl-no-box-on-rank-1": (scrl.SCRL, {}),
     "supervised": (supervised.Supervised, {}),
+    "relationnet": (relationnet.RelationNet, {}),
+    "relationnet-max": (relationnet.RelationNet, {"aggregation": "max", "loss": "bce"}),
+    "rotationnet": (rotationnet.RotationNet, {}),
 }
+VIEWS = {"relationnet": 4, "relationnet-max": 4}
 SIZE, SPLIT = 6, 4  # rank 0 has four images, rank 1 two
 
 
 def whole_batch(name: str) -> Batch:
-    whole = batch(SIZE, seed=2)
+    whole = batch(SIZE, views=VIEWS.get(name, 2), seed=2)
     without_boxes = {"scrl": slice(1, 2), "scrl-no-box-on-rank-1": slice(SPLIT, SIZE)}.get(name, slice(0))
     whole.views[0].box[without_boxes] = torch.tensor([0.0, 0.0, 0.4, 0.4])
     whole.views[1].box[without_boxes] = torch.tensor([0.6, 0.6, 1.0, 1.0])
