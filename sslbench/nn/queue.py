@@ -79,6 +79,14 @@ class FeatureQueue(nn.Module):
         self.pushed += count
 
 
+def default_length(num_images: int, global_batch: int, most: int = 4096) -> int:
+    """A quarter of the images in whole batches, at most about ``most``.
+
+    Then hardly an image meets the key it left one epoch ago (one in 32 with random order: (1/4)^2 / 2).
+    """
+    return max(1, min(num_images // 4, most) // global_batch) * global_batch
+
+
 def _check_length(length: int, global_batch: int, option: str) -> None:
     if length % global_batch:
         fitting = max(1, round(length / global_batch)) * global_batch
