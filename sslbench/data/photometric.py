@@ -6,13 +6,14 @@ numbers and parameters are known on the CPU: nothing here waits for the device.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from itertools import permutations
 
 import torch
 from torch import Tensor
 
 from sslbench.data import augment
+from sslbench.data.augment import apply_where, to_device_of
+from sslbench.data.autoaugment import autoaugment, decide
 from sslbench.plugin.viewspec import Blur, Jitter, ViewSpec
 from sslbench.rng import Draws
 
@@ -21,7 +22,7 @@ _JITTERS = (augment.adjust_brightness, augment.adjust_contrast, augment.adjust_s
 
 
 def augment_colors(images: Tensor, spec: ViewSpec, draws: Draws, stream: str) -> Tensor:
-    """Jitter, greyscale, blur and solarise as ``spec`` says.
+    """AutoAugment, or jitter, greyscale, blur and solarise, as ``spec`` says.
 
     Args:
         images: float ``[B,3,S,S]`` in [0, 1]; not modified.
@@ -31,35 +32,35 @@ def augment_colors(images: Tensor, spec: ViewSpec, draws: Draws, stream: str) ->
     """
     if not changes_colors(spec):
         return images
+    if spec.autoaugment == 0:
+        return _regular_colors(images, spec, draws, stream)
+    uniform = draws.uniform(f"{stream}/autoaugment", 6)
+    by_policy = uniform[:, 0] < spec.autoaugment
+    images = images.clone()
+    decisions = decide(uniform[by_policy, 1:])
+    apply_where(images, by_policy, lambda part: autoaugment(part, decisions))
+    others = Draws(draws.seed, draws.step, draws.positions[~by_policy])
+    apply_where(images, ~by_policy, lambda part: _regular_colors(part, spec, others, stream))
+    return images
+
+
+def _regular_colors(images: Tensor, spec: ViewSpec, draws: Draws, stream: str) -> Tensor:
     images = images.clone()
     if spec.jitter is not None:
         _jitter(images, spec.jitter, draws.uniform(f"{stream}/jitter", 6))
     if spec.gray > 0:
-        _apply(images, draws.uniform(f"{stream}/gray") < spec.gray, augment.grayscale)
+        apply_where(images, draws.uniform(f"{stream}/gray") < spec.gray, augment.grayscale)
     if spec.blur is not None:
         _blur(images, spec.blur, draws.uniform(f"{stream}/blur", 2))
     if spec.solarize > 0:
-        _apply(images, draws.uniform(f"{stream}/solarize") < spec.solarize, augment.solarize)
+        apply_where(images, draws.uniform(f"{stream}/solarize") < spec.solarize, augment.solarize)
     return images
 
 
 def changes_colors(spec: ViewSpec) -> bool:
     """Whether a view has any photometric operation."""
     parts = (spec.jitter.p if spec.jitter else 0, spec.gray, spec.blur.p if spec.blur else 0, spec.solarize)
-    return any(probability > 0 for probability in parts)
-
-
-def _apply(images: Tensor, chosen: Tensor, operation: Callable[..., Tensor], *parameters: Tensor) -> None:
-    """Replace ``chosen`` images (bool ``[B]``, CPU) by the operation's result with its parameters ``[B]``."""
-    rows = chosen.nonzero().flatten()
-    if len(rows):
-        on_device = _on(rows, images)
-        part = operation(images.index_select(0, on_device), *(_on(p[rows], images) for p in parameters))
-        images.index_copy_(0, on_device, part)
-
-
-def _on(values: Tensor, images: Tensor) -> Tensor:
-    return values.to(images.device, non_blocking=True)
+    return any(probability > 0 for probability in (*parts, spec.autoaugment))
 
 
 def jitter_factors(jitter: Jitter, uniform: Tensor) -> Tensor:
@@ -88,8 +89,9 @@ def _jitter(images: Tensor, jitter: Jitter, uniform: Tensor) -> None:
     factors = jitter_factors(jitter, uniform[chosen, 2:])
     ranked = orders.argsort(dim=1, stable=True)
     previous = ranked.argsort(dim=1)[:-1]
-    moves = _on(torch.cat([chosen[ranked[:1]], previous.gather(1, ranked[1:]), chosen[ranked[-1:]]]), images)
-    values = _on(factors[ranked, orders.gather(1, ranked)], images)
+    moves = torch.cat([chosen[ranked[:1]], previous.gather(1, ranked[1:]), chosen[ranked[-1:]]])
+    moves = to_device_of(images, moves)
+    values = to_device_of(images, factors[ranked, orders.gather(1, ranked)])
     part = images
     for turn, order in enumerate(orders):
         part = part.index_select(0, moves[turn])
@@ -117,8 +119,8 @@ def _blur(images: Tensor, blur: Blur, uniform: Tensor) -> None:
     if blur.kind == "gaussian":
         radius = blur_radius(blur, images.shape[-1])
         sigma = blur.sigma[0] + (blur.sigma[1] - blur.sigma[0]) * uniform[:, 1]
-        _apply(images, chosen, lambda part, values: augment.gaussian_blur(part, values, radius), sigma)
+        apply_where(images, chosen, lambda part, values: augment.gaussian_blur(part, values, radius), sigma)
         return
     choice = (uniform[:, 1] * len(blur.factors)).long()
     for number, factor in enumerate(blur.factors):
-        _apply(images, chosen & (choice == number), lambda part, f=factor: augment.resize_blur(part, f))
+        apply_where(images, chosen & (choice == number), lambda part, f=factor: augment.resize_blur(part, f))
