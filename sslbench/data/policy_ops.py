@@ -2,8 +2,8 @@
 
 Policies are made of Pillow's operations, most of which are defined by 8-bit levels (bits, histograms, thresholds).
 So these work on levels and round where Pillow rounds: results equal those of
-``torchvision.transforms.functional`` on PIL images to the bit. Every function takes uint8 images ``[B,3,H,W]`` and,
-if it has a strength, one per image, float ``[B]``; it returns new images and waits for no device.
+``torchvision.transforms.functional`` on PIL images to the bit. Every function takes uint8 images ``[B,3,H,W]``
+and, if it has a strength, one per image, float ``[B]``; it returns new images and waits for no device.
 """
 
 from __future__ import annotations
