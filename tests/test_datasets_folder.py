@@ -15,7 +15,8 @@ from torch import Tensor
 
 from sslbench.config.schema import DataOptions
 from sslbench.data import imagefile
-from sslbench.data.imagefile import digest_files, image_size, read_image
+from sslbench.data.imagefile import decode_image, digest_files, image_size, read_bytes
+from sslbench.data.paths import find_images
 from sslbench.data.splits import eval_split
 from sslbench.data.store import ResidentStore, open_store
 from sslbench.errors import DataError
@@ -152,6 +153,10 @@ def _save(path: Path) -> Tensor:
     return torch.from_numpy(colours.copy()).permute(2, 0, 1)
 
 
+def _read(path: Path) -> Tensor:
+    return decode_image(read_bytes(path), str(path))
+
+
 @pytest.mark.filterwarnings("ignore:'mode' parameter is deprecated")
 @pytest.mark.parametrize(
     ("name", "tolerance"),
@@ -169,7 +174,7 @@ def _save(path: Path) -> Tensor:
 )
 def test_every_format_and_mode_becomes_rgb(tmp_path, name, tolerance):
     expected = _save(tmp_path / name)
-    image = read_image(tmp_path / name)
+    image = _read(tmp_path / name)
     assert image.dtype == torch.uint8
     assert image.shape == (3, 12, 8)
     assert (image.int() - expected.int()).abs().max() <= tolerance
@@ -178,7 +183,7 @@ def test_every_format_and_mode_becomes_rgb(tmp_path, name, tolerance):
 
 def test_a_format_under_a_wrong_name_is_read(tmp_path):
     _write(tmp_path / "0.bmp").rename(tmp_path / "0.jpg")
-    assert read_image(tmp_path / "0.jpg")[:, 0, 0].tolist() == list(COLOUR)
+    assert _read(tmp_path / "0.jpg")[:, 0, 0].tolist() == list(COLOUR)
 
 
 def _damaged(root: Path) -> Folder:
@@ -223,18 +228,38 @@ def test_fingerprint_follows_contents_names_and_nothing_else(tmp_path):
     assert _folder(tmp_path / "one").fingerprint() != prints[0]
 
 
+def _digest(folder: Path) -> str:
+    return digest_files({"train": find_images(folder)})
+
+
 def test_fingerprint_of_a_large_set_samples_each_file(tmp_path, monkeypatch):
     monkeypatch.setattr(imagefile, "_MANY_FILES", 1)
-    paths = [tmp_path / "a", tmp_path / "b"]
+    paths = [tmp_path / "a.png", tmp_path / "b.png"]
     for path in paths:
         path.write_bytes(bytes(100_000))
-    first = digest_files(tmp_path, paths)
+    first = _digest(tmp_path)
     paths[0].write_bytes(bytes(99_999) + b"1")
-    assert digest_files(tmp_path, paths) == first
+    assert _digest(tmp_path) == first
     paths[0].write_bytes(b"1" + bytes(99_999))
-    assert digest_files(tmp_path, paths) != first
+    assert _digest(tmp_path) != first
     paths[0].write_bytes(bytes(100_001))
-    assert digest_files(tmp_path, paths) != first
+    assert _digest(tmp_path) != first
+
+
+def test_fingerprint_of_a_huge_set_samples_some_files_and_all_names(tmp_path, monkeypatch):
+    monkeypatch.setattr(imagefile, "_MANY_FILES", 1)
+    monkeypatch.setattr(imagefile, "_MOST_FILES", 2)
+    monkeypatch.setattr(imagefile, "_SAMPLED_FILES", 3)
+    for number in range(6):
+        (tmp_path / f"{number}.png").write_bytes(b"0")
+    first = _digest(tmp_path)
+    (tmp_path / "1.png").write_bytes(b"1")
+    assert _digest(tmp_path) == first, "every second file is a sample"
+    (tmp_path / "2.png").write_bytes(b"1")
+    changed = _digest(tmp_path)
+    assert changed != first
+    (tmp_path / "5.png").rename(tmp_path / "6.png")
+    assert _digest(tmp_path) != changed
 
 
 @pytest.mark.slow

@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from functools import cached_property
 from pathlib import Path
 
 import torch
-from torch import Tensor
 
 from sslbench.config.options import cosmetic
-from sslbench.data.imagefile import digest_files, find_images, image_size, read_image, threaded
+from sslbench.data.encoded import FileSource
+from sslbench.data.imagefile import digest_files
+from sslbench.data.paths import PathTable, find_images
 from sslbench.errors import DataError
-from sslbench.plugin.api import Dataset, DatasetInfo, Options, Source
+from sslbench.plugin.api import Dataset, DatasetInfo, Options
 from sslbench.plugin.hooks import hookimpl
 
 LAYOUTS = """expected one of
@@ -41,43 +41,6 @@ class FolderOptions(Options):
     """Per channel, in units of [0, 1]."""
 
 
-class FolderSource(Source):
-    """Image files, decoded when asked for."""
-
-    def __init__(self, paths: Sequence[Path], targets: Tensor | None) -> None:
-        self.paths = paths
-        self._targets = targets
-
-    def __len__(self) -> int:
-        return len(self.paths)
-
-    def image(self, index: int) -> Tensor:
-        return read_image(self.paths[index])
-
-    @property
-    def targets(self) -> Tensor | None:
-        return self._targets
-
-    def image_sizes(self) -> Tensor:
-        """int64 ``[N,2]`` from the headers; (0, 0) marks a file whose header cannot be read."""
-        return self._sizes
-
-    @cached_property
-    def _sizes(self) -> Tensor:
-        return torch.tensor(list(threaded(image_size, self.paths)))
-
-    def common_side(self) -> int | None:
-        """The side of the images if all are square and of one size."""
-        probe = self.paths[:: max(1, len(self) // 64)]
-        if len(set(threaded(image_size, probe)) - {(0, 0)}) > 1:  # spares a scan of a million headers
-            return None
-        sides = set(self._sizes[self._sizes[:, 0] > 0].flatten().tolist())
-        return sides.pop() if len(sides) == 1 else None
-
-    def describe(self, index: int) -> str:
-        return str(self.paths[index])
-
-
 class Folder(Dataset):
     """Images in folders. Classes are the sorted names of the folders below ``train`` (or below the root)."""
 
@@ -91,8 +54,8 @@ class Folder(Dataset):
         if not self.root.is_dir():
             raise DataError(f"dataset.root: no folder {self.root}", hint="dataset.root=PATH")
         self._folders = self._find_splits()
-        self._listings: dict[str, list[Path]] = {}
-        self._opened: dict[str, FolderSource] = {}
+        self._listings: dict[str, PathTable] = {}
+        self._opened: dict[str, FileSource] = {}
         if not self._files("train"):
             raise DataError(f"data set 'folder' found no training images under {self.root}; {LAYOUTS}")
 
@@ -109,19 +72,20 @@ class Folder(Dataset):
 
     @cached_property
     def _classes(self) -> tuple[str, ...]:
-        train, files = self._folders.get("train", self.root), self._listing("train")
-        return tuple(sorted({path.relative_to(train).parts[0] for path in files if path.parent != train}))
+        return tuple(sorted(set(self._listing("train").tops()) - {""}))
 
-    def _listing(self, split: str) -> list[Path]:
+    def _listing(self, split: str) -> PathTable:
         if split not in self._listings:
             folder = self._folders.get(split)
-            self._listings[split] = find_images(folder) if folder else []
+            self._listings[split] = find_images(folder) if folder else PathTable(self.root, [])
         return self._listings[split]
 
-    def _files(self, split: str) -> list[Path]:
+    def _files(self, split: str) -> PathTable:
         """The images of a split. Next to class folders, loose images have no class and do not count."""
         files = self._listing(split)
-        return [path for path in files if path.parent != self._folders[split]] if self._classes else files
+        if not self._classes or "" not in files.folders:
+            return files
+        return files.select(files.folder != files.folders.index(""))
 
     @cached_property
     def info(self) -> DatasetInfo:
@@ -134,12 +98,12 @@ class Folder(Dataset):
             task="classification" if self._classes else "unlabelled",
         )
 
-    def split(self, name: str) -> FolderSource:
+    def split(self, name: str) -> FileSource:
         if name not in self._opened:  # kept, because a source remembers the headers it has read
             self._opened[name] = self._open(name)
         return self._opened[name]
 
-    def _open(self, name: str) -> FolderSource:
+    def _open(self, name: str) -> FileSource:
         paths = self._files(name)
         if not paths:
             folder = self._folders.get(name, self.root / getattr(self.cfg, name, name))
@@ -147,25 +111,14 @@ class Folder(Dataset):
                 f"data set 'folder' has no split '{name}': no images under {folder}",
                 hint=f"dataset.{name}=FOLDER names the folder below the root" if name in SPLITS else None,
             )
-        return FolderSource(paths, self._targets(self._folders[name], paths) if self._classes else None)
-
-    def _targets(self, folder: Path, paths: Sequence[Path]) -> Tensor:
-        numbers = {label: number for number, label in enumerate(self._classes)}
-        labels = [path.relative_to(folder).parts[0] for path in paths]
-        unknown = sorted(set(labels) - set(numbers))
-        if unknown:
-            raise DataError(
-                f"{folder} holds {', '.join(unknown[:5])}, which is no class folder of the training images"
-            )
-        return torch.tensor([numbers[label] for label in labels])
+        return FileSource(paths, torch.from_numpy(paths.numbered(self._classes)) if self._classes else None)
 
     def fingerprint(self) -> str:
         return self._digest
 
     @cached_property
     def _digest(self) -> str:
-        files = [path for split in sorted(self._folders) for path in self._files(split)]
-        return digest_files(self.root, files)
+        return digest_files({split: self._files(split) for split in sorted(self._folders)})
 
 
 @hookimpl

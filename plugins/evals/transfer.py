@@ -55,6 +55,7 @@ class Transfer(EvalProtocol):
     metrics = {"mean_top1": "max"}  # noqa: RUF012
     primary = "mean_top1"
     splits = frozenset[str]()
+    tasks = frozenset({"classification", "multilabel"})  # the evaluations it starts check their own data sets
 
     cfg: TransferConfig
 

@@ -1,27 +1,31 @@
-"""Image files: finding, measuring, decoding and hashing them."""
+"""Image files: measuring, decoding and hashing them."""
 
 from __future__ import annotations
 
 import hashlib
+import io
 import os
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import lru_cache
 from pathlib import Path
-from typing import TypeVar
+from typing import IO, TypeVar
 
 import numpy as np
 import torch
-from PIL import Image
+from numpy.typing import NDArray
+from PIL import Image, UnidentifiedImageError
 from torch import Tensor
 
+from sslbench.data.paths import PathTable
 from sslbench.errors import DataError
 
-EXTENSIONS = frozenset({".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp"})
 _TORCHVISION = frozenset({".jpg", ".jpeg", ".png", ".webp"})
 _PER_TASK = 32
 _MANY_FILES = 20_000
+_MOST_FILES = 100_000
+_SAMPLED_FILES = 4096
 _MANY_BYTES = 2 << 30
 _SAMPLED_BYTES = 64 << 10
 
@@ -37,64 +41,76 @@ def cores() -> int:
 def threaded(function: Callable[[_In], _Out], items: Sequence[_In]) -> Iterator[_Out]:
     """``map`` in a pool of threads, in order."""
 
-    def run(part: Sequence[_In]) -> list[_Out]:
-        return [function(item) for item in part]
+    def run(start: int) -> list[_Out]:
+        return [function(item) for item in items[start : start + _PER_TASK]]
 
     # Small files cost less than a task of a pool, hence a few dozen per task.
-    parts = [items[start : start + _PER_TASK] for start in range(0, len(items), _PER_TASK)]
     with ThreadPoolExecutor(min(16, cores())) as pool:
-        for results in pool.map(run, parts):
+        for results in pool.map(run, range(0, len(items), _PER_TASK)):
             yield from results
 
 
-def find_images(folder: Path) -> list[Path]:
-    """Image files below ``folder``, in a fixed order; hidden files and folders are ignored, links are followed."""
-    found: list[Path] = []
-    for parent, folders, files in os.walk(folder, followlinks=True):
-        folders[:] = sorted(name for name in folders if not name.startswith("."))
-        found += [Path(parent, name) for name in sorted(files) if _is_image(name)]
-    return found
-
-
-def _is_image(name: str) -> bool:
-    return not name.startswith(".") and os.path.splitext(name)[1].lower() in EXTENSIONS
-
-
-def read_image(path: Path) -> Tensor:
-    """Decode a file to uint8 ``[3,H,W]`` RGB. Alpha is dropped, 16-bit values are cut to their high byte.
+def read_bytes(path: Path) -> NDArray[np.uint8]:
+    """The bytes of an image file.
 
     Raises:
         DataError: naming the file.
     """
-    fast = _torchvision_decoder() if path.suffix.lower() in _TORCHVISION else None
     try:
-        image = fast(path) if fast else None
-        return _decode_pil(path) if image is None else image
+        return np.fromfile(path, np.uint8)
+    except OSError as error:
+        raise _unreadable(str(path), error) from error
+
+
+def decode_image(content: NDArray[np.uint8], name: str) -> Tensor:
+    """Decode the bytes of an image file to uint8 ``[3,H,W]`` RGB.
+
+    Alpha is dropped, 16-bit values are cut to their high byte.
+
+    Args:
+        name: for messages; its ending chooses the decoder that is tried first.
+
+    Raises:
+        DataError: naming the image.
+    """
+    if not len(content):
+        raise _unreadable(name, ValueError("it is empty"))
+    fast = _torchvision_decoder() if os.path.splitext(name)[1].lower() in _TORCHVISION else None
+    try:
+        image = fast(torch.from_numpy(content)) if fast else None
+        return _decode_pil(content) if image is None else image
     except (OSError, ValueError, RuntimeError, SyntaxError, Image.DecompressionBombError) as error:
-        raise DataError(f"cannot read image {path}: {error}", hint="repair or remove the file") from error
+        raise _unreadable(name, error) from error
+
+
+def _unreadable(name: str, error: Exception) -> DataError:
+    # Pillow names the object in memory that it read from, which tells nobody anything.
+    reason = "its format is not known" if isinstance(error, UnidentifiedImageError) else error
+    return DataError(f"cannot read image {name}: {reason}", hint="repair or remove the file")
 
 
 @lru_cache(maxsize=1)
-def _torchvision_decoder() -> Callable[[Path], Tensor | None] | None:
+def _torchvision_decoder() -> Callable[[Tensor], Tensor | None] | None:
     """torchvision's decoder, 1.4 to 2 times as fast as PIL; None in a torchvision that no longer has it."""
     try:
-        from torchvision.io import ImageReadMode, decode_image, read_file
+        from torchvision.io import ImageReadMode
+        from torchvision.io import decode_image as decode
     except ImportError:
         return None
     warnings.filterwarnings("ignore", message="The image decoding and encoding", category=DeprecationWarning)
 
-    def decode(path: Path) -> Tensor | None:
+    def decoded(content: Tensor) -> Tensor | None:
         try:
-            image: Tensor = decode_image(read_file(str(path)), mode=ImageReadMode.RGB)
+            image: Tensor = decode(content, mode=ImageReadMode.RGB)
         except RuntimeError:
             return None  # a format under a wrong name or a rare JPEG, which PIL may read
         return (image.to(torch.int32) >> 8).to(torch.uint8) if image.dtype == torch.uint16 else image
 
-    return decode
+    return decoded
 
 
-def _decode_pil(path: Path) -> Tensor:
-    with Image.open(path) as image:
+def _decode_pil(content: NDArray[np.uint8]) -> Tensor:
+    with Image.open(io.BytesIO(content.tobytes())) as image:
         if image.mode.startswith("I"):
             # PIL's own conversion clips 16-bit values at 255 instead of scaling them.
             values = (np.asarray(image).astype(np.int64) >> 8).clip(0, 255).astype(np.uint8)
@@ -104,34 +120,51 @@ def _decode_pil(path: Path) -> Tensor:
     return torch.from_numpy(pixels.copy()).permute(2, 0, 1).contiguous()
 
 
-def image_size(path: Path) -> tuple[int, int]:
-    """Height and width from the file's header; (0, 0) if it cannot be read."""
+def image_size(file: Path | IO[bytes]) -> tuple[int, int]:
+    """Height and width from a file's header; (0, 0) if it cannot be read."""
     try:
-        with Image.open(path) as image:
+        with Image.open(file) as image:
             return image.height, image.width
     except (OSError, ValueError, SyntaxError, Image.DecompressionBombError):
         return 0, 0
 
 
-def digest_files(root: Path, paths: Sequence[Path]) -> str:
-    """Hex digest of names relative to ``root``, sizes and contents.
+def digest_files(tables: Mapping[str, PathTable], *, folders: bool = True) -> str:
+    """Hex digest of the files' names and contents, never of dates or of where they lie.
 
-    Beyond 20,000 files or 2 GiB only the first 64 KiB of each file are read, so that a large data set takes
-    seconds to minutes, not hours.
+    It has to be quick, since every run takes it. Up to 20,000 files and 2 GiB it covers names and whole contents;
+    up to 100,000 files names, sizes and the first 64 KiB of each; beyond that (COCO, ImageNet) the names of all,
+    and size and first 64 KiB of about 4,000 files spread evenly over the list. A changed pixel in another file of
+    so large a set goes unnoticed; a file that is added, missing or renamed does not.
+
+    Args:
+        tables: by a name that becomes part of the digest, such as the split's.
+        folders: whether the names include the folders below the table's root.
     """
-    sizes = list(threaded(lambda path: path.stat().st_size, paths))
-    sampled = len(paths) > _MANY_FILES or sum(sizes) > _MANY_BYTES
-    return _digest(root, paths, _digest_start if sampled else _digest_file)
+    state = hashlib.blake2b(digest_size=16)
+    total = sum(len(table) for table in tables.values())
+    step = -(-total // _SAMPLED_FILES) if total > _MOST_FILES else 1
+    content = _digest_start if total > _MANY_FILES or _are_large(tables.values()) else _digest_file
+    for key, table in tables.items():
+        for name in table.names() if folders else table.basenames():
+            state.update(f"{key}/{name}\0".encode(errors="surrogateescape"))
+        for part in threaded(content, table[::step]):
+            state.update(part)
+    return state.hexdigest()
+
+
+def _are_large(tables: Iterable[PathTable]) -> bool:
+    return sum(sum(threaded(_file_size, table)) for table in tables) > _MANY_BYTES
+
+
+def _file_size(path: Path) -> int:
+    return path.stat().st_size
 
 
 def digest_whole(root: Path, paths: Sequence[Path]) -> str:
     """Hex digest of names relative to ``root`` and whole contents, for a few large files."""
-    return _digest(root, paths, _digest_file)
-
-
-def _digest(root: Path, paths: Sequence[Path], content: Callable[[Path], bytes]) -> str:
     state = hashlib.blake2b(digest_size=16)
-    for path, part in zip(paths, threaded(content, paths), strict=True):
+    for path, part in zip(paths, threaded(_digest_file, paths), strict=True):
         state.update(f"{path.relative_to(root).as_posix()}\0".encode() + part)
     return state.hexdigest()
 

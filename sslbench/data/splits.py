@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -27,8 +28,9 @@ def carve(targets: Tensor, fraction: float, salt: str = "val") -> tuple[Tensor, 
         Sorted int64 indices of the samples that stay and of those carved off.
     """
     carved = torch.zeros(len(targets), dtype=torch.bool)
-    for label in sorted(set(targets.tolist())):
-        members = (targets == label).nonzero().flatten()
+    labels, counts = np.unique(targets.numpy(), return_counts=True)
+    by_class = torch.split(targets.argsort(stable=True), counts.tolist())
+    for label, members in zip(labels.tolist(), by_class, strict=True):
         carved[members[_chosen(len(members), fraction, derive_seed("split", salt, label))]] = True
     return (~carved).nonzero().flatten(), carved.nonzero().flatten()
 
@@ -52,7 +54,7 @@ def eval_split(dataset: Dataset, name: str, fraction: float) -> tuple[Source, Te
         A source and the sorted int64 indices into it.
 
     Raises:
-        DataError: the split does not exist or has no labels.
+        DataError: the split does not exist, has no labels, or cannot be carved.
     """
     source = _source(dataset, name)
     targets = source.targets
@@ -62,6 +64,11 @@ def eval_split(dataset: Dataset, name: str, fraction: float) -> tuple[Source, Te
             hint="evaluate on a labelled data set (sslbench eval PROTOCOL --dataset NAME)",
         )
     if name in ("train", "val") and "val" not in dataset.info.splits:
+        if targets.ndim > 1:
+            raise DataError(
+                f"data set '{dataset.name}' has several labels per image, so no validation images can be carved "
+                "off its training images class by class: it needs a split 'val' of its own"
+            )
         kept, carved = carve(targets, fraction)
         return source, kept if name == "train" else carved
     return source, torch.arange(len(source))

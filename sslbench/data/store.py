@@ -132,7 +132,7 @@ def _place(source: Source, options: DataOptions, device: torch.device) -> tuple[
     """Where the images go and why."""
     if options.resident == "off":
         return "decoded by workers", "data.resident=off"
-    size = common_size(source)
+    size = source.common_size()
     if size is None:
         if options.resident != "auto":
             raise ConfigError(
@@ -159,21 +159,9 @@ def _free_megabytes(device: torch.device) -> float:
     return torch.cuda.mem_get_info(device)[0] / 2**20
 
 
-def common_size(source: Source) -> tuple[int, int] | None:
-    """Height and width if all readable images share them, else None."""
-    pixels = source.pixels()
-    if pixels is not None:
-        return pixels.shape[2], pixels.shape[3]
-    sizes = source.image_sizes()
-    known = sizes[sizes[:, 0] > 0]
-    if len(known) == 0 or bool((known != known[0]).any()):
-        return None
-    return int(known[0, 0]), int(known[0, 1])
-
-
 def _decode_all(source: Source, unreadable: Unreadable) -> Tensor:
     """Decode every image once, in threads."""
-    height, width = common_size(source) or (0, 0)
+    height, width = source.common_size() or (0, 0)
     pixels = torch.zeros(len(source), 3, height, width, dtype=torch.uint8)
 
     def decode(index: int) -> str | None:

@@ -20,7 +20,7 @@ from sslbench.engine.console import Console
 from sslbench.engine.launch import open_tracker
 from sslbench.engine.setup import choose_device
 from sslbench.errors import ConfigError, described
-from sslbench.evaluation.job import EvaluationJob, evaluation_dir, run_protocol
+from sslbench.evaluation.job import EvaluationJob, check_task, evaluation_dir, run_protocol, task_misfit
 from sslbench.plugin.api import Dataset, EvalProtocol
 from sslbench.plugin.catalog import Catalog
 from sslbench.report.compare import compare
@@ -114,6 +114,9 @@ def plan_after_pretraining(
     cls = catalog.load("eval", protocol)
     if dataset.info.task == "unlabelled":
         return f"{dataset.key} has no labels; name a labelled one: sslbench eval {protocol} RUN --dataset NAME"
+    misfit = task_misfit(cls, dataset)
+    if misfit:
+        return misfit
     if len(dataset.info.classes) < 2:
         return f"{dataset.key} has one class only: {dataset.info.classes[0]}"
     if "test" in cls.splits and "test" not in dataset.info.splits:
@@ -155,6 +158,7 @@ def evaluate_run(plan: EvalPlan, catalog: Catalog, console: Console) -> EvalOutc
     started = time.monotonic()
     backbone, meta = checkpoint.load_backbone(checkpoint.latest(plan.run_dir, console.warn), catalog)
     dataset = plan.dataset_class(plan.dataset_options)
+    check_task(plan.protocol, dataset)
     subject = plan.protocol.subject(dataset.key)
     out_dir = evaluation_dir(plan.run_dir, plan.protocol.name, subject)
     tracker = _open_tracker(plan, dataset, console)

@@ -233,6 +233,11 @@ def _training_images(composed: Composed, dataset: Dataset) -> tuple[Source, torc
                 f"method '{composed.method.name}' learns from labels, and {dataset.key} has none",
                 hint="sslbench list datasets, or another method: sslbench list methods",
             )
+        if dataset.info.task == "multilabel":
+            raise ConfigError(
+                f"method '{composed.method.name}' learns from one label per image, and {dataset.key} has several",
+                hint="another data set (sslbench list datasets) or another method (sslbench list methods)",
+            )
         return eval_split(dataset, "train", composed.core.data.val_fraction)
     return dataset.split(dataset.info.pretrain_split), None
 

@@ -21,7 +21,7 @@ from sslbench.data.splits import eval_split
 from sslbench.data.store import open_store
 from sslbench.data.views import ViewExecutor
 from sslbench.engine.checkpoint import load_tensors
-from sslbench.errors import CheckpointError, DivergedError, PluginError
+from sslbench.errors import CheckpointError, ConfigError, DivergedError, PluginError
 from sslbench.evaluation.features import (
     FeatureCache,
     IndexedFeatures,
@@ -76,6 +76,9 @@ class EvaluationJob:
         log: receives the points of curves.
         run_child: runs another protocol on the same model (see :meth:`child`).
         dataset_key: name of the data set in metric keys; None: the data set's ``key``.
+
+    Raises:
+        ConfigError: the protocol is not made for the kind of labels that the data set has.
     """
 
     def __init__(
@@ -95,6 +98,7 @@ class EvaluationJob:
         run_child: RunChild | None = None,
         dataset_key: str | None = None,
     ) -> None:
+        check_task(protocol, dataset)
         self.seed = seed
         self.device = device
         self.classes = dataset.info.classes
@@ -293,6 +297,31 @@ class EvaluationJob:
             "data set": self._dataset.fingerprint(),
             "preprocessing": json_digest(asdict(self._preprocessing)),
         }
+
+
+_LABELS = {"classification": "one label per image", "multilabel": "several labels per image"}
+
+
+def check_task(protocol: EvalProtocol, dataset: Dataset) -> None:
+    """Refuse a protocol for one label per image on a data set with several, and the reverse.
+
+    A data set without labels passes here: it fails when the protocol opens a split.
+
+    Raises:
+        ConfigError: naming both.
+    """
+    misfit = task_misfit(type(protocol), dataset)
+    if misfit:
+        raise ConfigError(misfit, hint="sslbench list evals, or name another data set with --dataset")
+
+
+def task_misfit(protocol: type[EvalProtocol], dataset: Dataset) -> str | None:
+    """Why a protocol is not for a data set's kind of labels; None if it is."""
+    task = dataset.info.task
+    if task == "unlabelled" or task in protocol.tasks:
+        return None
+    taken = " or ".join(_LABELS[known] for known in sorted(protocol.tasks & _LABELS.keys()))
+    return f"data set '{dataset.name}' has {_LABELS[task]}; protocol '{protocol.name}' takes {taken or 'none'}"
 
 
 def check_split(protocol: EvalProtocol, split: str) -> None:

@@ -82,7 +82,7 @@ class OnlineProbes:
 
     Args:
         backbone: gives the backbone that evaluations use (``Method.export``).
-        dataset: the pretraining data set; without labels only spread and rank are measured.
+        dataset: the pretraining data set; without one label per image only spread and rank are measured.
         options: how many images and which probes.
         data: ``val_fraction`` and ``workers``.
         seed: the run's seed; chooses the images.
@@ -156,8 +156,8 @@ class OnlineProbes:
 
 
 def _samples(dataset: Dataset, images: int, val_fraction: float, seed: int) -> tuple[Sample, Sample | None]:
-    """Training and validation images; no validation images if the data set has no labels."""
-    if dataset.info.task == "unlabelled":
+    """Training and validation images; no validation images unless images have one label each."""
+    if dataset.info.task != "classification":
         source = dataset.split(dataset.info.pretrain_split)
         return Sample.draw(source, torch.arange(len(source)), images, seed), None
     train, val = (eval_split(dataset, name, val_fraction) for name in ("train", "val"))

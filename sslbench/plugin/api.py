@@ -296,6 +296,17 @@ class Source(ABC):
             raise NotImplementedError(f"{type(self).__name__} must define image_sizes()")
         return torch.tensor(pixels.shape[-2:]).expand(len(self), 2)
 
+    def common_size(self) -> tuple[int, int] | None:
+        """Height and width if all readable images share them, else None."""
+        pixels = self.pixels()
+        if pixels is not None:
+            return pixels.shape[2], pixels.shape[3]
+        sizes = self.image_sizes()
+        known = sizes[sizes[:, 0] > 0]
+        if len(known) == 0 or bool((known != known[0]).any()):
+            return None
+        return int(known[0, 0]), int(known[0, 1])
+
     def describe(self, index: int) -> str:
         """A name for the image in messages, such as its path."""
         return f"image {index}"
@@ -339,7 +350,7 @@ class FeatureTable(NamedTuple):
     features: Tensor
     """float32 ``[N,D]`` on the job's device."""
     labels: Tensor
-    """int64 ``[N]``"""
+    """int64 ``[N]``; of a multi-label data set ``[N,C]``"""
     indices: Tensor
     """int64 ``[N]``: numbers of the samples in their data set split."""
 
@@ -422,6 +433,8 @@ class EvalProtocol(ABC):
     """The headline metric, a key of ``metrics``."""
     splits: ClassVar[frozenset[str]]
     """The splits it may open. Only the protocol named ``test`` may open ``test``."""
+    tasks: ClassVar[frozenset[str]] = frozenset({"classification"})
+    """Kinds of labelled data sets (:attr:`DatasetInfo.task`) it can evaluate on."""
 
     def __init__(self, cfg: Options) -> None:
         self.cfg = cfg
