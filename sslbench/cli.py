@@ -189,6 +189,64 @@ def evaluate(
             print_evaluation(outcome, as_json)
 
 
+@app.command("import")
+def import_(
+    context: typer.Context,
+    file: Annotated[Path, typer.Argument(help="Weight file of another program, or backbone.pt of a run.")],
+    overrides: Overrides = None,
+    backbone: BackboneName = None,
+    dataset: Annotated[
+        str | None,
+        typer.Option(help="Data set it was trained on; evaluations use it.", autocompletion=_complete("dataset")),
+    ] = None,
+    recipe: Annotated[
+        str | None,
+        typer.Option(
+            help="How it was trained: backbone, data set, evaluation options.", autocompletion=_complete_recipe
+        ),
+    ] = None,
+    layout: Annotated[
+        str, typer.Option(help="plain, torchvision, swav, moco, scrl, relational; auto recognises it.")
+    ] = "auto",
+    name: Annotated[
+        str | None, typer.Option(help="Name of the run and of the method in tables; default: import:LAYOUT.")
+    ] = None,
+    image_size: Annotated[
+        int | None, typer.Option(min=4, help="Side of its training images; default: the data set's, else 224.")
+    ] = None,
+    mean: Annotated[
+        str | None, typer.Option(help="R,G,B in [0, 1]; default: the data set's or ImageNet's.")
+    ] = None,
+    std: Annotated[str | None, typer.Option(help="R,G,B in units of [0, 1].")] = None,
+    uses_labels: Annotated[
+        bool, typer.Option("--uses-labels", help="It was trained with labels: an upper bound, not ranked.")
+    ] = False,
+    as_json: AsJson = False,
+) -> None:
+    """Make a model out of weights that another program trained."""
+    session: Session = context.obj
+    chosen = {"backbone.name": backbone, "dataset.name": dataset, "run.name": name}
+    items = [f"{key}={value}" for key, value in chosen.items() if value]
+    prepare_environment()
+    from sslbench.engine.console import Console
+    from sslbench.engine.importing import import_weights, plan_import
+    from sslbench.report.show import print_imported
+
+    plan = plan_import(
+        session.catalog,
+        session.registry(),
+        file,
+        [*items, *(overrides or [])],
+        layout=layout,
+        recipe=recipe,
+        image_size=image_size,
+        mean=_color("--mean", mean),
+        std=_color("--std", std),
+        uses_labels=uses_labels,
+    )
+    print_imported(import_weights(plan, session.catalog, session.runs, Console()), as_json)
+
+
 @app.command("list")
 def list_(
     context: typer.Context,
@@ -300,11 +358,12 @@ def _compose_pretrain(
 ) -> tuple[Composed, Path | None]:
     from sslbench.config.compose import Layer, compose, read_config_file
     from sslbench.config.tree import parse_overrides
+    from sslbench.engine.runs import trained_run
 
     layers: list[Layer] = []
     resumed = None
     if resume is not None:
-        resumed = _run_directory(session, resume)
+        resumed = trained_run(resume, session.runs)
         saved = read_config_file(resumed / "config.yaml")
         recipe = recipe or saved.values.get("recipe")
         layers.append(saved)
@@ -323,6 +382,16 @@ def _seed_options(seeds: str | None, resume: str | None) -> list[list[str]]:
     if not all(value.isdigit() for value in values) or len(set(values)) < len(values):
         raise ConfigError(f"--seeds {seeds}: not a list of different numbers", hint="--seeds 1,2,3")
     return [[f"run.seed={value}"] for value in values]
+
+
+def _color(option: str, text: str | None) -> tuple[float, float, float] | None:
+    if text is None:
+        return None
+    try:
+        red, green, blue = (float(word) for word in text.split(","))
+    except ValueError:
+        raise ConfigError(f"{option} {text}: not three numbers", hint=f"{option} 0.485,0.456,0.406") from None
+    return red, green, blue
 
 
 def _run_directory(session: Session, reference: str) -> Path:

@@ -2,7 +2,8 @@
 
 ``checkpoints/step-00001234/`` holds
 
-* ``state.pt``: method (weights, teachers, queues), optimiser and step; loads at any world size.
+* ``state.pt``: method (weights, teachers, queues), optimiser and step; loads at any world size. Imported weights
+  have none.
 * ``backbone.pt``: the exported backbone's plain state dict, no prefixes.
 * ``meta.json``: :class:`CheckpointMeta`, with the SHA-256 of both files.
 
@@ -70,8 +71,13 @@ class CheckpointMeta(BaseModel):
     sha256: dict[str, str] = {}
 
 
-def save(run_dir: Path, meta: CheckpointMeta, backbone: Mapping[str, Any], state: Mapping[str, Any]) -> Path:
+def save(
+    run_dir: Path, meta: CheckpointMeta, backbone: Mapping[str, Any], state: Mapping[str, Any] | None
+) -> Path:
     """Write a checkpoint and make it the latest one.
+
+    Args:
+        state: what training continues from; None: there is nothing to continue.
 
     Returns:
         Its folder.
@@ -84,10 +90,9 @@ def save(run_dir: Path, meta: CheckpointMeta, backbone: Mapping[str, Any], state
     try:
         shutil.rmtree(partial, ignore_errors=True)
         partial.mkdir(parents=True)
-        digests = {
-            BACKBONE: _write_tensors(partial / BACKBONE, backbone),
-            STATE: _write_tensors(partial / STATE, state),
-        }
+        digests = {BACKBONE: _write_tensors(partial / BACKBONE, backbone)}
+        if state is not None:
+            digests[STATE] = _write_tensors(partial / STATE, state)
         complete = meta.model_copy(update={"sha256": digests})
         _write_text(partial / META, complete.model_dump_json(indent=2))
         shutil.rmtree(final, ignore_errors=True)
@@ -98,6 +103,12 @@ def save(run_dir: Path, meta: CheckpointMeta, backbone: Mapping[str, Any], state
         shutil.rmtree(partial, ignore_errors=True)
         raise _write_failure(final, error) from error
     return final
+
+
+def sha256_of(file: Path) -> str:
+    """SHA-256 of a file."""
+    with file.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
 def list_checkpoints(run_dir: Path) -> list[Path]:
@@ -158,7 +169,7 @@ def _verify(path: Path, digests: Mapping[str, str]) -> None:
         file = path / name
         if not file.is_file():
             raise CheckpointError(f"checkpoint {path} is damaged: {name} is missing")
-        if _digest(file) != digest:
+        if sha256_of(file) != digest:
             raise CheckpointError(f"checkpoint {path} is damaged: {name} does not match its SHA-256")
 
 
@@ -232,7 +243,7 @@ def _write_tensors(file: Path, content: Mapping[str, Any]) -> str:
         torch.save(dict(content), stream)
         stream.flush()
         os.fsync(stream.fileno())
-    return _digest(file)
+    return sha256_of(file)
 
 
 def _write_text(file: Path, text: str) -> None:
@@ -262,11 +273,6 @@ def _pointed(run_dir: Path) -> Path | None:
         return run_dir / FOLDER / str(json.loads((run_dir / FOLDER / LATEST).read_text(encoding="utf-8")))
     except (OSError, ValueError):
         return None
-
-
-def _digest(file: Path) -> str:
-    with file.open("rb") as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
 def _write_failure(path: Path, error: BaseException) -> CheckpointError:

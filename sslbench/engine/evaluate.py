@@ -235,7 +235,12 @@ def _plan(
     saved = read_config_file(run_dir / "config.yaml").values
     of_run = dict(saved.get("dataset", {}))
     asked = dict(sections["dataset"])
-    name = str(asked.pop("name", of_run.get("name")))
+    name = asked.pop("name", of_run.get("name"))
+    if name is None:  # imported weights that came without one
+        raise ConfigError(
+            f"the run {RunRecord.load(run_dir).name} has no data set of its own",
+            hint=f"name one: sslbench eval {protocol} RUN --dataset NAME",
+        )
     base = of_run if name == of_run.get("name") else {}
     dataset_values = {key: value for key, value in {**base, **asked}.items() if key != "name"}
     dataset_class = catalog.load("dataset", name)
@@ -245,7 +250,7 @@ def _plan(
         run_dir=run_dir,
         record=RunRecord.load(run_dir),
         protocol=cls(validate_section(cls.Config, protocol_values, "", origin)),
-        dataset_name=name,
+        dataset_name=str(name),
         dataset_class=dataset_class,
         dataset_options=validate_section(dataset_class.Config, dataset_values, "dataset", origin),
         data=validate_section(DataOptions, {**saved.get("data", {}), **sections["data"]}, "data", origin),

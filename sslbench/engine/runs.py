@@ -44,6 +44,22 @@ def pretrained_runs(root: Path) -> list[tuple[dict[str, Any], Path]]:
     return sorted(((r, p) for p, r in found.items()), key=lambda item: float(item[0].get("started", 0)))
 
 
+def trained_run(reference: str, root: Path) -> Path:
+    """The same for a run whose training can be continued.
+
+    Raises:
+        CheckpointError: as above, or it holds imported weights.
+    """
+    run_dir = find_run(reference, root)
+    record = _read(run_dir / RUN_FILE)
+    if record.get("kind") == "import":
+        raise CheckpointError(
+            f"--resume {reference}: the run {record.get('name')} holds imported weights, no training to continue",
+            hint=f"start from its weights: sslbench pretrain --init-from {record.get('name')}",
+        )
+    return run_dir
+
+
 def _fits(record: dict[str, Any], reference: str) -> bool:
     return record.get("name") == reference or (
         len(reference) >= 6 and str(record.get("run_id", "")).startswith(reference)

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from sslbench.config.compose import Composed
     from sslbench.config.registry import Registry
     from sslbench.engine.evaluate import EvalOutcome
+    from sslbench.engine.importing import Imported
     from sslbench.engine.worker import Outcome
     from sslbench.report.doctor import Check
     from sslbench.tracking import SyncReport
@@ -221,6 +222,24 @@ def print_evaluation(outcome: EvalOutcome, as_json: bool) -> None:
     console = out()
     console.print(_eval_table([outcome, *outcome.children]))
     console.print(f"files  {outcome.out_dir}   ({outcome.seconds:.1f} s)")
+
+
+def print_imported(outcome: Imported, as_json: bool) -> None:
+    """What was taken from a foreign file and what was left."""
+    if as_json:
+        print_json(dataclasses.asdict(outcome))
+        return
+    left = ", ".join(f"{what} ({count})" for what, count in outcome.ignored.items()) or "nothing"
+    console = out()
+    console.print(f"[bold]{escape(outcome.name)}[/bold]  {outcome.method}, layout {outcome.layout}")
+    console.print(f"{outcome.tensors} of {outcome.expected} tensors, ignored: {left}")
+    if outcome.filled:
+        console.print(
+            f"{outcome.filled} batch counters are not in the file and begin at 0; features do not use them"
+        )
+    console.print(f"evaluations show it images of {outcome.image_size} pixels, unless size=N says otherwise")
+    console.print(f"run directory  {outcome.run_dir}")
+    console.print(f"next           sslbench eval linear {escape(outcome.name)} --dataset NAME")
 
 
 def print_checks(checks: Sequence[Check], as_json: bool) -> None:

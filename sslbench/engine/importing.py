@@ -1,0 +1,271 @@
+"""Weights of other programs as runs of ours, which evaluations and ``--init-from`` take like any other."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from sslbench import __version__
+from sslbench.config.options import Options
+from sslbench.config.registry import Registry
+from sslbench.config.schema import DataOptions, RunOptions, TrainOptions
+from sslbench.config.tree import Tree, merge, parse_overrides, plain
+from sslbench.config.validate import ConfigProblems, Problem, check
+from sslbench.engine import checkpoint, foreign
+from sslbench.engine.checkpoint import BackboneMeta, CheckpointMeta
+from sslbench.engine.console import Console
+from sslbench.engine.launch import open_tracker
+from sslbench.engine.setup import DEFAULT_SIZE
+from sslbench.errors import did_you_mean
+from sslbench.plugin.api import Backbone, Dataset
+from sslbench.plugin.catalog import Catalog
+from sslbench.rng import derive_seed
+from sslbench.tracking import Tracker
+
+Color = tuple[float, float, float]
+
+IMAGENET_MEAN: Color = (0.485, 0.456, 0.406)
+IMAGENET_STD: Color = (0.229, 0.224, 0.225)
+UNKNOWN = "unknown"
+_CORE: Mapping[str, type[Options]] = {"run": RunOptions, "train": TrainOptions, "data": DataOptions}
+_SECTIONS = ("backbone", "dataset", *_CORE, "evals")
+
+
+@dataclass(frozen=True)
+class ImportPlan:
+    """Foreign weights and what they are to become."""
+
+    file: Path
+    layout: str
+    uses_labels: bool
+    recipe: str | None
+    backbone_name: str
+    backbone: Backbone
+    dataset: Dataset | None
+    """What they were trained on, if that is known and here."""
+    run: RunOptions
+    mean: Color
+    std: Color
+    sections: Tree
+    """The complete configuration, as evaluations of the run will read it."""
+
+
+@dataclass(frozen=True)
+class Imported:
+    """What an import did."""
+
+    run_dir: Path
+    run_id: str
+    name: str
+    method: str
+    layout: str
+    tensors: int
+    expected: int
+    ignored: Mapping[str, int]
+    filled: int
+    """Batch counters that the file lacks."""
+    sha256: str
+    image_size: int
+
+
+def plan_import(
+    catalog: Catalog,
+    registry: Registry,
+    file: Path,
+    items: Sequence[str],
+    *,
+    layout: str = "auto",
+    recipe: str | None = None,
+    image_size: int | None = None,
+    mean: Color | None = None,
+    std: Color | None = None,
+    uses_labels: bool = False,
+) -> ImportPlan:
+    """Compose an import.
+
+    Args:
+        items: ``key=value`` options of the sections backbone, dataset, run, train, data and evals.
+        recipe: how the weights were trained; brings backbone, data set and evaluation options.
+        image_size: side they were trained with; None: that of the data set, else 224.
+        mean, std: of the images they were trained on; None: those of the data set, else ImageNet's.
+
+    Raises:
+        ConfigProblems: with every problem found.
+    """
+    tree = _merged(registry, recipe, parse_overrides(items))
+    sections = _validated(catalog, tree, recipe)
+    cfg, dataset_cfg = sections.pop("backbone"), sections.pop("dataset")
+    dataset: Dataset | None = None
+    if dataset_cfg is not None:
+        dataset = catalog.load("dataset", tree["dataset"]["name"])(dataset_cfg)
+    size = image_size or (dataset.info.size if dataset else None) or DEFAULT_SIZE
+    name = tree["backbone"]["name"]
+    named: Tree = {"backbone": {"name": name, **plain(cfg)}}
+    named |= {"dataset": {"name": tree["dataset"]["name"], **plain(dataset_cfg)}} if dataset else {}
+    return ImportPlan(
+        file=file,
+        layout=layout,
+        uses_labels=uses_labels,
+        recipe=recipe,
+        backbone_name=name,
+        backbone=catalog.load("backbone", name)(cfg, size),
+        dataset=dataset,
+        run=sections["run"],
+        mean=mean or (dataset.info.mean if dataset else IMAGENET_MEAN),
+        std=std or (dataset.info.std if dataset else IMAGENET_STD),
+        sections=named | plain(sections) | {"recipe": recipe},
+    )
+
+
+def _merged(registry: Registry, recipe: str | None, given: Tree) -> Tree:
+    """The sections that matter here, of the recipe and of the command line."""
+    tree: Tree = {}
+    for name, part in registry.recipe_chain(recipe) if recipe else ():
+        merge(tree, {key: value for key, value in part.config.items() if key in _SECTIONS}, name, {})
+    for kind in (
+        "backbone",
+        "dataset",
+    ):  # options of a plugin that the command line replaces are not for the other
+        if given.get(kind, {}).get("name") not in (None, tree.get(kind, {}).get("name")):
+            tree.pop(kind, None)
+    merge(tree, given, "command line", {})
+    return tree
+
+
+def _validated(catalog: Catalog, tree: Tree, recipe: str | None) -> dict[str, Any]:
+    """Typed options by section; the data set's are None if none is named."""
+    origin = f"recipe {recipe} or command line" if recipe else "command line"
+    problems = [
+        Problem(key, f"unknown section{did_you_mean(key, _SECTIONS)}", origin)
+        for key in tree
+        if key not in _SECTIONS
+    ]
+    models: dict[str, tuple[type[Options], Any]] = {
+        key: (model, tree.get(key, {})) for key, model in _CORE.items()
+    }
+    for kind in ("backbone", "dataset"):
+        values = dict(tree.get(kind, {}))
+        name = values.pop("name", None)
+        if name is not None:
+            models[kind] = (catalog.load(kind, name).Config, values)
+        elif values or kind == "backbone":
+            problems.append(Problem(f"{kind}.name", f"required; pass --{kind} NAME", "nothing set it"))
+    models |= {
+        f"evals.{name}": (catalog.load("eval", name).Config, values or {})
+        for name, values in tree.get("evals", {}).items()
+    }
+    checked = {key: check(model, values, key, lambda _: origin) for key, (model, values) in models.items()}
+    problems += [problem for _, found in checked.values() for problem in found]
+    if problems:
+        raise ConfigProblems(problems)
+    typed = {key: cfg for key, (cfg, _) in checked.items() if not key.startswith("evals.")}
+    evals = {key.removeprefix("evals."): cfg for key, (cfg, _) in checked.items() if key.startswith("evals.")}
+    return {"dataset": None, **typed, "evals": evals}
+
+
+def import_weights(plan: ImportPlan, catalog: Catalog, root: Path, console: Console) -> Imported:
+    """Load a foreign file completely or not at all, and make it a run with one checkpoint.
+
+    Raises:
+        CheckpointError: unreadable, of no known layout, or it does not fit the backbone.
+    """
+    weights = foreign.read_weights(plan.file, plan.layout)
+    filled = foreign.load_into(plan.backbone, weights, plan.file)
+    sha256 = checkpoint.sha256_of(plan.file)
+    tracker = _open_tracker(plan, weights, sha256, root, console)
+    label = _label(plan, weights)
+    with tracker.closing():
+        meta = _meta(plan, weights, label, sha256, catalog)
+        path = checkpoint.save(tracker.run_dir, meta, plan.backbone.state_dict(), None)
+        tracker.checkpoint(path, checkpoint.read_meta(path, verify=False).model_dump(mode="json"))
+    return Imported(
+        run_dir=tracker.run_dir,
+        run_id=tracker.run_id,
+        name=tracker.name,
+        method=label,
+        layout=weights.layout.name,
+        tensors=len(weights.tensors) + filled,
+        expected=len(plan.backbone.state_dict()),
+        ignored=weights.ignored,
+        filled=filled,
+        sha256=sha256,
+        image_size=plan.backbone.image_size,
+    )
+
+
+def _label(plan: ImportPlan, weights: foreign.Weights) -> str:
+    """What tables call the method."""
+    return plan.run.name or f"import:{weights.layout.name}"
+
+
+def _uses_labels(plan: ImportPlan, weights: foreign.Weights) -> bool:
+    return plan.uses_labels or weights.layout.uses_labels
+
+
+def _config_hash(plan: ImportPlan, sha256: str) -> str:
+    """Equal for the same file in the same backbone."""
+    cfg = plan.backbone.cfg.model_dump_json()
+    return f"{derive_seed(0, sha256, plan.backbone_name, cfg, plan.backbone.image_size):016x}"
+
+
+def _meta(plan: ImportPlan, weights: foreign.Weights, label: str, sha256: str, catalog: Catalog) -> CheckpointMeta:
+    backbone = plan.backbone
+    return CheckpointMeta(
+        step=0,
+        epoch=weights.epochs or 0,
+        method=label,
+        uses_labels=_uses_labels(plan, weights),
+        limited=False,
+        seed=plan.run.seed,
+        backbone=BackboneMeta(
+            name=plan.backbone_name,
+            options=plain(backbone.cfg),
+            image_size=backbone.image_size,
+            dim=backbone.dim,
+            stride=backbone.stride,
+        ),
+        dataset=plan.dataset.key if plan.dataset else UNKNOWN,
+        dataset_fingerprint=UNKNOWN,  # whatever lies here now, nobody can tell what they were trained on
+        mean=plan.mean,
+        std=plan.std,
+        config_hash=_config_hash(plan, sha256),
+        plugins=[catalog.find("backbone", plan.backbone_name).identity() | {"kind": "backbone"}],
+        sslbench=__version__,
+    )
+
+
+def _open_tracker(
+    plan: ImportPlan, weights: foreign.Weights, sha256: str, root: Path, console: Console
+) -> Tracker:
+    dataset = plan.dataset.key if plan.dataset else UNKNOWN
+    origin = {"file": str(plan.file.resolve()), "sha256": sha256, "layout": weights.layout.name}
+    config_hash = _config_hash(plan, sha256)
+    tags = {
+        "sslbench.method": _label(plan, weights),
+        "sslbench.dataset": dataset,
+        "sslbench.backbone": plan.backbone_name,
+        "sslbench.seed": str(plan.run.seed),
+        "sslbench.epochs": str(weights.epochs or "?"),
+        "sslbench.recipe": plan.recipe or "",
+        "sslbench.config_hash": config_hash,
+        "sslbench.group_hash": config_hash,
+        "sslbench.limited": "false",
+        "sslbench.uses_labels": str(_uses_labels(plan, weights)).lower(),
+        "sslbench.source": origin["file"],
+        "sslbench.source_sha256": sha256,
+    }
+    stamp = time.strftime("%Y%m%d-%H%M%S")
+    return open_tracker(
+        root=root,
+        name=plan.run.name or f"import-{weights.layout.name}-{plan.backbone_name}-{stamp}",
+        kind="import",
+        experiment=plan.run.experiment or (dataset if plan.dataset else "imported"),
+        tracking_uri=plan.run.tracking_uri,
+        parent=None,
+        params=plan.sections | {"import": origin},
+        tags=tags,
+        log=console.info,
+    )

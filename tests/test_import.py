@@ -1,0 +1,316 @@
+"""Weights of other programs: every layout loads completely and gives the source's features; all else is refused."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import torchvision
+from conftest import Cli
+from sslbench_plugins.backbones.conv4 import Conv4
+from sslbench_plugins.backbones.resnet_small import ResNet8
+from torch import Tensor, nn
+
+from sslbench.config.options import Options
+from sslbench.config.registry import find_registry, load_registry
+from sslbench.config.validate import ConfigProblems
+from sslbench.engine.checkpoint import load_backbone, read_meta
+from sslbench.engine.console import Console
+from sslbench.engine.foreign import LAYOUTS, read_weights
+from sslbench.engine.importing import Imported, import_weights, plan_import
+from sslbench.errors import CheckpointError
+from sslbench.plugin.catalog import Catalog
+
+Content = dict[str, Any]
+
+
+def network(name: str = "resnet18") -> nn.Module:
+    """A torchvision network whose normalisation has statistics that are not the initial ones."""
+    torch.manual_seed(0)
+    net = getattr(torchvision.models, name)()
+    for module in net.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            module.running_mean.uniform_(-0.1, 0.1)
+            module.running_var.uniform_(0.9, 1.1)
+            module.weight.data.uniform_(0.9, 1.1)
+    return net.eval()
+
+
+def pooled(net: Any, images: Tensor) -> Tensor:
+    x = net.maxpool(net.relu(net.bn1(net.conv1(images))))
+    return net.avgpool(net.layer4(net.layer3(net.layer2(net.layer1(x))))).flatten(1)
+
+
+def trunk(net: nn.Module, prefix: str = "") -> dict[str, Tensor]:
+    return {prefix + key: value for key, value in net.state_dict().items() if not key.startswith("fc.")}
+
+
+def head(prefix: str, *names: str) -> dict[str, Tensor]:
+    return {f"{prefix}{name}": torch.ones(3) for name in names}
+
+
+def swav(net: nn.Module) -> Content:
+    heads = head(
+        "module.projection_head.", "0.weight", "0.bias", "1.weight", "1.running_mean", "3.weight", "3.bias"
+    )
+    return {**trunk(net, "module."), **heads, "module.prototypes.weight": torch.ones(5, 3)}
+
+
+def deepcluster_v2(net: nn.Module) -> Content:
+    """As training writes it: three prototype heads, optimiser, epoch."""
+    heads = head("module.", *(f"prototypes.prototypes{n}.weight" for n in range(3)), "projection_head.0.weight")
+    optimizer = {"state": {}, "param_groups": [{"lr": 4.8, "momentum": 0.9}]}
+    return {"state_dict": {**trunk(net, "module."), **heads}, "epoch": 400, "optimizer": optimizer, "amp": {}}
+
+
+def scrl(net: nn.Module) -> Content:
+    children = list(net.children())[:-1]
+    encoder = {f"encoder.{key}": value for key, value in nn.Sequential(*children).state_dict().items()}
+    online = {**encoder, **head("projector.", "0.weight", "0.bias", "1.weight", "3.weight")}
+    rest = {"max_eval_score": np.float64(68.27), "max_eval_epoch": 199, "xent_loss_state_dict": {}, "epoch": 200}
+    return {"tag": 200, "online_network_state_dict": online, "predictor_state_dict": head("", "0.weight"), **rest}
+
+
+def moco(net: nn.Module) -> Content:
+    keys = trunk(net, "module.encoder_k.") | head("module.encoder_k.fc.", "0.weight", "0.bias")
+    query = trunk(net, "module.encoder_q.") | head("module.encoder_q.fc.", "0.weight", "0.bias", "2.weight")
+    queues = {"module.queue": torch.ones(2, 4), "module.queue_ptr": torch.zeros(1, dtype=torch.int64)}
+    return {"epoch": 800, "arch": "resnet50", "state_dict": {**query, **keys, **queues}, "optimizer": {}}
+
+
+def relational(net: nn.Module) -> Content:
+    return {
+        "backbone": trunk(net),
+        "relation": head("", "0.weight"),
+        "optimizer": {"args": argparse.Namespace(K=32)},
+    }
+
+
+def torchvision_file(net: nn.Module) -> Content:
+    return dict(net.state_dict())
+
+
+def plain(net: nn.Module) -> Content:
+    return trunk(net)
+
+
+WRITERS: list[tuple[Callable[[nn.Module], Content], str, dict[str, int], str]] = [
+    (swav, "swav", {"projection_head": 6, "prototypes": 1}, "?"),
+    (deepcluster_v2, "swav", {"projection_head": 1, "prototypes": 3}, "400"),
+    (scrl, "scrl", {"projector": 4}, "200"),
+    (moco, "moco", {"head": 3, "encoder_k": 122, "queues": 2}, "800"),
+    (relational, "relational", {}, "?"),
+    (torchvision_file, "torchvision", {"fc": 2}, "?"),
+    (plain, "plain", {}, "?"),
+]
+
+
+def bring_in(file: Path, *items: str, **options: Any) -> Imported:
+    catalog = Catalog()
+    plan = plan_import(catalog, load_registry(find_registry()), file, items, **options)
+    return import_weights(plan, catalog, file.parent / "runs", Console(quiet=True))
+
+
+def loaded(outcome: Imported) -> Any:
+    (path,) = outcome.run_dir.glob("checkpoints/step-*")
+    return load_backbone(path, Catalog())[0].eval()
+
+
+def saved(content: Any, folder: Path, **options: Any) -> Path:
+    torch.save(content, folder / "weights.pth", **options)
+    return folder / "weights.pth"
+
+
+@pytest.mark.parametrize(
+    ("write", "layout", "ignored", "epochs"), WRITERS, ids=lambda value: getattr(value, "__name__", "")
+)
+def test_every_layout_loads_completely_and_gives_the_same_features(
+    write: Callable[[nn.Module], Content], layout: str, ignored: dict[str, int], epochs: str, workdir: Path
+) -> None:
+    net = network()
+    outcome = bring_in(saved(write(net), workdir), "backbone.name=resnet18")
+    assert (outcome.layout, outcome.ignored) == (layout, ignored)
+    assert (outcome.tensors, outcome.expected, outcome.filled) == (120, 120, 0)
+    images = torch.rand(2, 3, 64, 64)
+    with torch.no_grad():
+        torch.testing.assert_close(loaded(outcome)(images).pooled, pooled(net, images), rtol=1e-5, atol=1e-6)
+    tags = json.loads((outcome.run_dir / "run.json").read_text())["tags"]
+    assert tags["sslbench.epochs"] == epochs
+    assert tags["sslbench.uses_labels"] == str(layout == "torchvision").lower()
+
+
+def test_resnet50_of_swav_is_complete(workdir: Path) -> None:
+    net = network("resnet50")
+    outcome = bring_in(saved(swav(net), workdir), "backbone.name=resnet50")
+    assert (outcome.tensors, outcome.expected, outcome.image_size) == (318, 318, 224)
+    images = torch.rand(1, 3, 64, 64)
+    with torch.no_grad():
+        torch.testing.assert_close(loaded(outcome)(images).pooled, pooled(net, images), rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("cls", [Conv4, ResNet8])
+def test_small_networks_of_relational_reasoning(cls: Any, workdir: Path) -> None:
+    """Their conv4 calls the blocks layers; their ResNets are named as ours."""
+    source = cls(Options(), 32)
+    source.train()(torch.rand(8, 3, 32, 32))
+    theirs = {key.replace("block", "layer"): value for key, value in source.state_dict().items()}
+    outcome = bring_in(saved({"backbone": theirs}, workdir), f"backbone.name={cls.name}", image_size=32)
+    images = torch.rand(2, 3, 32, 32)
+    with torch.no_grad():
+        assert torch.equal(loaded(outcome)(images).pooled, source.eval()(images).pooled)
+
+
+def test_old_files_lack_batch_counters(workdir: Path) -> None:
+    content = {key: value for key, value in plain(network()).items() if "num_batches" not in key}
+    file = saved(content, workdir, _use_new_zipfile_serialization=False)
+    outcome = bring_in(file, "backbone.name=resnet18")
+    assert (outcome.tensors, outcome.filled) == (120, 20)
+
+
+def test_the_run_says_where_the_weights_come_from(workdir: Path) -> None:
+    file = saved(swav(network()), workdir)
+    options = {"image_size": 160, "mean": (0.4, 0.5, 0.6), "std": (0.2, 0.2, 0.2), "uses_labels": True}
+    outcome = bring_in(file, "backbone.name=resnet18", "run.name=theirs", **options)
+    record = json.loads((outcome.run_dir / "run.json").read_text())
+    assert (record["kind"], record["status"], record["name"]) == ("import", "FINISHED", "theirs")
+    assert record["params"]["import.file"] == str(file)
+    assert record["params"]["import.sha256"] == outcome.sha256
+    assert record["tags"]["sslbench.method"] == "theirs"
+    (path,) = outcome.run_dir.glob("checkpoints/step-*")
+    meta = read_meta(path, verify=True)
+    assert (meta.mean, meta.std, meta.backbone.image_size) == ((0.4, 0.5, 0.6), (0.2, 0.2, 0.2), 160)
+    assert meta.uses_labels
+    assert sorted(file.name for file in path.iterdir()) == ["backbone.pt", "meta.json"]
+    same, other = (bring_in(file, "backbone.name=resnet18", image_size=side).run_dir for side in (160, 224))
+    groups = [json.loads((d / "run.json").read_text())["tags"]["sslbench.group_hash"] for d in (same, other)]
+    assert groups[0] == record["tags"]["sslbench.group_hash"] != groups[1]
+
+
+def refused(content: Any, folder: Path, *items: str, **options: Any) -> str:
+    with pytest.raises(CheckpointError) as caught:
+        bring_in(saved(content, folder), *(items or ("backbone.name=resnet18",)), **options)
+    assert caught.value.hint
+    assert not (folder / "runs").exists(), "a refused file leaves no run"
+    return caught.value.message
+
+
+def test_what_is_missing_or_unexpected_or_misshaped_is_listed(workdir: Path) -> None:
+    content = swav(network())
+    del content["module.layer1.0.bn1.weight"]
+    content["module.conv1.weight"] = torch.zeros(64, 3, 3, 3)
+    content["module.decoder.weight"] = torch.zeros(1)
+    message = refused(content, workdir)
+    assert "1 missing: layer1.0.bn1.weight" in message
+    assert "1 unexpected: decoder.weight" in message
+    assert "1 of another shape: conv1.weight [64, 3, 3, 3] instead of [64, 3, 7, 7]" in message
+
+
+def test_another_network_and_half_a_network_are_refused(workdir: Path) -> None:
+    assert "60 unexpected" not in (message := refused(plain(network()), workdir, "backbone.name=resnet34"))
+    assert "96 missing: layer1.2.conv1.weight" in message
+    message = refused(plain(network()), workdir, "backbone.name=conv4")
+    assert "missing: block1.conv.weight" in message
+    assert "unexpected: conv1.weight" in message
+    moco_file = moco(network())
+    moco_file["state_dict"]["module.decoder.weight"] = torch.zeros(1)
+    assert "1 unexpected: decoder.weight" in refused(moco_file, workdir)
+
+
+def test_broken_numbers_are_refused(workdir: Path) -> None:
+    content = plain(network())
+    content["bn1.weight"] = torch.full((64,), torch.nan)
+    assert "1 with values that are no finite numbers: bn1.weight" in refused(content, workdir)
+
+
+def test_a_file_of_no_layout_or_of_another_one_is_refused(workdir: Path) -> None:
+    assert "it holds epoch, note" in refused({"epoch": 3, "note": "x"}, workdir)
+    assert "no weight file of layout moco" in refused(swav(network()), workdir, layout="moco")
+    assert "did you mean 'swav'" in refused(swav(network()), workdir, layout="swaw")
+    assert "holds a list" in refused([torch.zeros(1)], workdir)
+    with pytest.raises(CheckpointError, match="there is no file"):
+        read_weights(workdir / "none.pth")
+
+
+class Hostile:
+    def __reduce__(self) -> tuple[Any, ...]:
+        return os.system, ("touch harmed",)
+
+
+@pytest.mark.parametrize("modern", [True, False])
+def test_code_in_a_file_is_refused_and_never_run(modern: bool, workdir: Path) -> None:
+    file = saved({"state_dict": plain(network()), "x": Hostile()}, workdir, _use_new_zipfile_serialization=modern)
+    with pytest.raises(CheckpointError, match="could run code"):
+        read_weights(file)
+    assert not (workdir / "harmed").exists()
+
+
+def test_wrong_options_come_in_one_report(workdir: Path) -> None:
+    file = saved(plain(network()), workdir)
+    with pytest.raises(ConfigProblems) as caught:
+        bring_in(file, "backbone.name=resnet18", "backbone.stm=cifar", "optim.lr=1", "dataset.root=/x")
+    assert {problem.key for problem in caught.value.problems} == {"backbone.stm", "optim", "dataset.name"}
+    with pytest.raises(ConfigProblems, match="pass --backbone NAME"):
+        bring_in(file)
+
+
+def test_a_recipe_brings_backbone_and_evaluations(workdir: Path) -> None:
+    """The weights are those of the recipe, so its published result judges them."""
+    torch.manual_seed(0)
+    source = Conv4(Options(), 28)
+    file = saved(source.state_dict(), workdir)
+    outcome = bring_in(file, "evals.linear.epochs=3", recipe="demo/simclr")
+    record = json.loads((outcome.run_dir / "run.json").read_text())
+    assert record["tags"]["sslbench.recipe"] == "demo/simclr"
+    assert (record["params"]["backbone.name"], record["params"]["dataset.name"]) == ("conv4", "mnist5k")
+    assert record["params"]["evals.linear.epochs"] == "3"
+    assert outcome.image_size == 28
+
+
+def test_layouts_have_a_name_of_their_own() -> None:
+    assert len({layout.name for layout in LAYOUTS}) == len(LAYOUTS)
+
+
+def test_an_imported_model_is_evaluated_compared_and_started_from(cli: Cli, workdir: Path) -> None:
+    torch.manual_seed(0)
+    theirs = {key.replace("block", "layer"): value for key, value in Conv4(Options(), 16).state_dict().items()}
+    saved({"backbone": theirs, "relation": {}}, workdir)
+    arguments = ("weights.pth", "--backbone", "conv4", "--dataset", "digits", "--image-size", "16")
+    outcome = json.loads(cli("import", *arguments, "--json").stdout)
+    assert outcome["method"] == "import:relational"
+    cli("eval", "linear", "last", "epochs=3")
+    cli("eval", "test")
+    table = json.loads(cli("compare", "--json").stdout)
+    assert [(row["method"], row["dataset"]) for row in table["rows"]] == [("import:relational", "digits")]
+    assert "eval/test.v1/digits/top1" in [column["key"] for column in table["columns"]]
+    start = (
+        "pretrain",
+        "--method",
+        "simclr",
+        "--dataset",
+        "digits",
+        "--init-from",
+        outcome["name"],
+        "--limit",
+        "1",
+    )
+    cli(*start, "--no-evals", "probe.every=0", "optim.lr=1e-12", "optim.weight_decay=0", "run.name=next")
+    after = torch.load(next(workdir.glob("runs/next/checkpoints/step-*/backbone.pt")), weights_only=True)
+    torch.testing.assert_close(after["block1.conv.weight"], theirs["layer1.conv.weight"], rtol=0, atol=1e-6)
+    done = cli("pretrain", "--resume", outcome["name"], check=5)
+    assert "holds imported weights" in done.stderr
+    assert "--init-from" in done.stderr
+
+
+def test_refusals_reach_the_shell(cli: Cli, workdir: Path) -> None:
+    saved(plain(network()), workdir)
+    assert "missing: block1.conv.weight" in cli("import", "weights.pth", "--backbone", "conv4", check=5).stderr
+    assert "three numbers" in cli("import", "weights.pth", "--backbone", "conv4", "--mean", "1,2", check=2).stderr
+    cli("import", "weights.pth", "--backbone", "resnet18")
+    assert "--dataset NAME" in cli("eval", "knn", check=2).stderr
