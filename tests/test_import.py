@@ -1,4 +1,4 @@
-"""Weights of other programs: every layout loads completely and gives the source's features; all else is refused."""
+"""Weights of other programs load completely and give the source's features; all else is refused."""
 
 from __future__ import annotations
 
@@ -15,15 +15,14 @@ import torch
 import torchvision
 from conftest import Cli
 from sslbench_plugins.backbones.conv4 import Conv4
-from sslbench_plugins.backbones.resnet_small import ResNet8
 from torch import Tensor, nn
 
 from sslbench.config.options import Options
 from sslbench.config.registry import find_registry, load_registry
 from sslbench.config.validate import ConfigProblems
-from sslbench.engine.checkpoint import load_backbone, read_meta
+from sslbench.engine.checkpoint import read_meta
 from sslbench.engine.console import Console
-from sslbench.engine.foreign import LAYOUTS, read_weights
+from sslbench.engine.foreign import LAYOUTS, load_into, read_weights
 from sslbench.engine.importing import Imported, import_weights, plan_import
 from sslbench.errors import CheckpointError
 from sslbench.plugin.catalog import Catalog
@@ -101,15 +100,27 @@ def plain(net: nn.Module) -> Content:
     return trunk(net)
 
 
-WRITERS: list[tuple[Callable[[nn.Module], Content], str, dict[str, int], str]] = [
-    (swav, "swav", {"projection_head": 6, "prototypes": 1}, "?"),
-    (deepcluster_v2, "swav", {"projection_head": 1, "prototypes": 3}, "400"),
-    (scrl, "scrl", {"projector": 4}, "200"),
-    (moco, "moco", {"head": 3, "encoder_k": 122, "queues": 2}, "800"),
-    (relational, "relational", {}, "?"),
-    (torchvision_file, "torchvision", {"fc": 2}, "?"),
-    (plain, "plain", {}, "?"),
+WRITERS: list[tuple[Callable[[nn.Module], Content], str, dict[str, int], int | None]] = [
+    (swav, "swav", {"projection_head": 6, "prototypes": 1}, None),
+    (deepcluster_v2, "swav", {"projection_head": 1, "prototypes": 3}, 400),
+    (scrl, "scrl", {"projector": 4}, 200),
+    (moco, "moco", {"head": 3, "encoder_k": 122, "queues": 2}, 800),
+    (relational, "relational", {}, None),
+    (torchvision_file, "torchvision", {"fc": 2}, None),
+    (plain, "plain", {}, None),
 ]
+
+
+@pytest.fixture(scope="module")
+def store(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """One MLflow store for all: setting it up takes seconds."""
+    return f"sqlite:///{tmp_path_factory.mktemp('store')}/mlflow.db"
+
+
+@pytest.fixture
+def folder(workdir: Path, store: str, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", store)
+    return workdir
 
 
 def bring_in(file: Path, *items: str, **options: Any) -> Imported:
@@ -118,9 +129,10 @@ def bring_in(file: Path, *items: str, **options: Any) -> Imported:
     return import_weights(plan, catalog, file.parent / "runs", Console(quiet=True))
 
 
-def loaded(outcome: Imported) -> Any:
-    (path,) = outcome.run_dir.glob("checkpoints/step-*")
-    return load_backbone(path, Catalog())[0].eval()
+def build(name: str, image_size: int = 224, seed: int = 0) -> Any:
+    torch.manual_seed(seed)
+    cls = Catalog().load("backbone", name)
+    return cls(cls.Config(), image_size).eval()
 
 
 def saved(content: Any, folder: Path, **options: Any) -> Path:
@@ -132,50 +144,52 @@ def saved(content: Any, folder: Path, **options: Any) -> Path:
     ("write", "layout", "ignored", "epochs"), WRITERS, ids=lambda value: getattr(value, "__name__", "")
 )
 def test_every_layout_loads_completely_and_gives_the_same_features(
-    write: Callable[[nn.Module], Content], layout: str, ignored: dict[str, int], epochs: str, workdir: Path
+    write: Callable[[nn.Module], Content], layout: str, ignored: dict[str, int], epochs: int | None, tmp_path: Path
 ) -> None:
     net = network()
-    outcome = bring_in(saved(write(net), workdir), "backbone.name=resnet18")
-    assert (outcome.layout, outcome.ignored) == (layout, ignored)
-    assert (outcome.tensors, outcome.expected, outcome.filled) == (120, 120, 0)
+    file = saved(write(net), tmp_path)
+    weights = read_weights(file)
+    assert (weights.layout.name, weights.ignored, weights.epochs) == (layout, ignored, epochs)
+    assert (len(weights.tensors), weights.unknown) == (120, ())
+    backbone = build("resnet18")
+    assert load_into(backbone, weights, file) == 0
     images = torch.rand(2, 3, 64, 64)
     with torch.no_grad():
-        torch.testing.assert_close(loaded(outcome)(images).pooled, pooled(net, images), rtol=1e-5, atol=1e-6)
-    tags = json.loads((outcome.run_dir / "run.json").read_text())["tags"]
-    assert tags["sslbench.epochs"] == epochs
-    assert tags["sslbench.uses_labels"] == str(layout == "torchvision").lower()
+        torch.testing.assert_close(backbone(images).pooled, pooled(net, images), rtol=1e-5, atol=1e-6)
 
 
-def test_resnet50_of_swav_is_complete(workdir: Path) -> None:
+def test_resnet50_of_swav_is_complete(tmp_path: Path) -> None:
     net = network("resnet50")
-    outcome = bring_in(saved(swav(net), workdir), "backbone.name=resnet50")
-    assert (outcome.tensors, outcome.expected, outcome.image_size) == (318, 318, 224)
+    file = saved(swav(net), tmp_path)
+    weights, backbone = read_weights(file), build("resnet50")
+    load_into(backbone, weights, file)
+    assert len(weights.tensors) == len(backbone.state_dict()) == 318
     images = torch.rand(1, 3, 64, 64)
     with torch.no_grad():
-        torch.testing.assert_close(loaded(outcome)(images).pooled, pooled(net, images), rtol=1e-5, atol=1e-6)
+        torch.testing.assert_close(backbone(images).pooled, pooled(net, images), rtol=1e-5, atol=1e-6)
 
 
-@pytest.mark.parametrize("cls", [Conv4, ResNet8])
-def test_small_networks_of_relational_reasoning(cls: Any, workdir: Path) -> None:
+@pytest.mark.parametrize("name", ["conv4", "resnet8"])
+def test_small_networks_of_relational_reasoning(name: str, tmp_path: Path) -> None:
     """Their conv4 calls the blocks layers; their ResNets are named as ours."""
-    source = cls(Options(), 32)
+    source, backbone = build(name, 32, seed=1), build(name, 32)
     source.train()(torch.rand(8, 3, 32, 32))
     theirs = {key.replace("block", "layer"): value for key, value in source.state_dict().items()}
-    outcome = bring_in(saved({"backbone": theirs}, workdir), f"backbone.name={cls.name}", image_size=32)
+    file = saved({"backbone": theirs, "head": {}, "optimizer": {}}, tmp_path)
+    load_into(backbone, read_weights(file), file)
     images = torch.rand(2, 3, 32, 32)
     with torch.no_grad():
-        assert torch.equal(loaded(outcome)(images).pooled, source.eval()(images).pooled)
+        assert torch.equal(backbone(images).pooled, source.eval()(images).pooled)
 
 
-def test_old_files_lack_batch_counters(workdir: Path) -> None:
+def test_old_files_lack_batch_counters(tmp_path: Path) -> None:
     content = {key: value for key, value in plain(network()).items() if "num_batches" not in key}
-    file = saved(content, workdir, _use_new_zipfile_serialization=False)
-    outcome = bring_in(file, "backbone.name=resnet18")
-    assert (outcome.tensors, outcome.filled) == (120, 20)
+    file = saved(content, tmp_path, _use_new_zipfile_serialization=False)
+    assert load_into(build("resnet18"), read_weights(file), file) == 20
 
 
-def test_the_run_says_where_the_weights_come_from(workdir: Path) -> None:
-    file = saved(swav(network()), workdir)
+def test_the_run_says_where_the_weights_come_from(folder: Path) -> None:
+    file = saved(swav(network()), folder)
     options = {"image_size": 160, "mean": (0.4, 0.5, 0.6), "std": (0.2, 0.2, 0.2), "uses_labels": True}
     outcome = bring_in(file, "backbone.name=resnet18", "run.name=theirs", **options)
     record = json.loads((outcome.run_dir / "run.json").read_text())
@@ -201,41 +215,41 @@ def refused(content: Any, folder: Path, *items: str, **options: Any) -> str:
     return caught.value.message
 
 
-def test_what_is_missing_or_unexpected_or_misshaped_is_listed(workdir: Path) -> None:
+def test_what_is_missing_or_unexpected_or_misshaped_is_listed(folder: Path) -> None:
     content = swav(network())
     del content["module.layer1.0.bn1.weight"]
     content["module.conv1.weight"] = torch.zeros(64, 3, 3, 3)
     content["module.decoder.weight"] = torch.zeros(1)
-    message = refused(content, workdir)
+    message = refused(content, folder)
     assert "1 missing: layer1.0.bn1.weight" in message
     assert "1 unexpected: decoder.weight" in message
     assert "1 of another shape: conv1.weight [64, 3, 3, 3] instead of [64, 3, 7, 7]" in message
 
 
-def test_another_network_and_half_a_network_are_refused(workdir: Path) -> None:
-    assert "60 unexpected" not in (message := refused(plain(network()), workdir, "backbone.name=resnet34"))
+def test_another_network_and_half_a_network_are_refused(folder: Path) -> None:
+    assert "60 unexpected" not in (message := refused(plain(network()), folder, "backbone.name=resnet34"))
     assert "96 missing: layer1.2.conv1.weight" in message
-    message = refused(plain(network()), workdir, "backbone.name=conv4")
+    message = refused(plain(network()), folder, "backbone.name=conv4")
     assert "missing: block1.conv.weight" in message
     assert "unexpected: conv1.weight" in message
     moco_file = moco(network())
     moco_file["state_dict"]["module.decoder.weight"] = torch.zeros(1)
-    assert "1 unexpected: decoder.weight" in refused(moco_file, workdir)
+    assert "1 unexpected: decoder.weight" in refused(moco_file, folder)
 
 
-def test_broken_numbers_are_refused(workdir: Path) -> None:
+def test_broken_numbers_are_refused(folder: Path) -> None:
     content = plain(network())
     content["bn1.weight"] = torch.full((64,), torch.nan)
-    assert "1 with values that are no finite numbers: bn1.weight" in refused(content, workdir)
+    assert "1 with values that are no finite numbers: bn1.weight" in refused(content, folder)
 
 
-def test_a_file_of_no_layout_or_of_another_one_is_refused(workdir: Path) -> None:
-    assert "it holds epoch, note" in refused({"epoch": 3, "note": "x"}, workdir)
-    assert "no weight file of layout moco" in refused(swav(network()), workdir, layout="moco")
-    assert "did you mean 'swav'" in refused(swav(network()), workdir, layout="swaw")
-    assert "holds a list" in refused([torch.zeros(1)], workdir)
+def test_a_file_of_no_layout_or_of_another_one_is_refused(folder: Path) -> None:
+    assert "it holds epoch, note" in refused({"epoch": 3, "note": "x"}, folder)
+    assert "no weight file of layout moco" in refused(swav(network()), folder, layout="moco")
+    assert "did you mean 'swav'" in refused(swav(network()), folder, layout="swaw")
+    assert "holds a list" in refused([torch.zeros(1)], folder)
     with pytest.raises(CheckpointError, match="there is no file"):
-        read_weights(workdir / "none.pth")
+        read_weights(folder / "none.pth")
 
 
 class Hostile:
@@ -244,15 +258,15 @@ class Hostile:
 
 
 @pytest.mark.parametrize("modern", [True, False])
-def test_code_in_a_file_is_refused_and_never_run(modern: bool, workdir: Path) -> None:
-    file = saved({"state_dict": plain(network()), "x": Hostile()}, workdir, _use_new_zipfile_serialization=modern)
+def test_code_in_a_file_is_refused_and_never_run(modern: bool, folder: Path) -> None:
+    file = saved({"state_dict": plain(network()), "x": Hostile()}, folder, _use_new_zipfile_serialization=modern)
     with pytest.raises(CheckpointError, match="could run code"):
         read_weights(file)
-    assert not (workdir / "harmed").exists()
+    assert not (folder / "harmed").exists()
 
 
-def test_wrong_options_come_in_one_report(workdir: Path) -> None:
-    file = saved(plain(network()), workdir)
+def test_wrong_options_come_in_one_report(folder: Path) -> None:
+    file = saved(plain(network()), folder)
     with pytest.raises(ConfigProblems) as caught:
         bring_in(file, "backbone.name=resnet18", "backbone.stm=cifar", "optim.lr=1", "dataset.root=/x")
     assert {problem.key for problem in caught.value.problems} == {"backbone.stm", "optim", "dataset.name"}
@@ -260,11 +274,11 @@ def test_wrong_options_come_in_one_report(workdir: Path) -> None:
         bring_in(file)
 
 
-def test_a_recipe_brings_backbone_and_evaluations(workdir: Path) -> None:
+def test_a_recipe_brings_backbone_and_evaluations(folder: Path) -> None:
     """The weights are those of the recipe, so its published result judges them."""
     torch.manual_seed(0)
     source = Conv4(Options(), 28)
-    file = saved(source.state_dict(), workdir)
+    file = saved(source.state_dict(), folder)
     outcome = bring_in(file, "evals.linear.epochs=3", recipe="demo/simclr")
     record = json.loads((outcome.run_dir / "run.json").read_text())
     assert record["tags"]["sslbench.recipe"] == "demo/simclr"
@@ -277,10 +291,10 @@ def test_layouts_have_a_name_of_their_own() -> None:
     assert len({layout.name for layout in LAYOUTS}) == len(LAYOUTS)
 
 
-def test_an_imported_model_is_evaluated_compared_and_started_from(cli: Cli, workdir: Path) -> None:
+def test_an_imported_model_is_evaluated_compared_and_started_from(cli: Cli, folder: Path) -> None:
     torch.manual_seed(0)
     theirs = {key.replace("block", "layer"): value for key, value in Conv4(Options(), 16).state_dict().items()}
-    saved({"backbone": theirs, "relation": {}}, workdir)
+    saved({"backbone": theirs, "relation": {}}, folder)
     arguments = ("weights.pth", "--backbone", "conv4", "--dataset", "digits", "--image-size", "16")
     outcome = json.loads(cli("import", *arguments, "--json").stdout)
     assert outcome["method"] == "import:relational"
@@ -301,15 +315,15 @@ def test_an_imported_model_is_evaluated_compared_and_started_from(cli: Cli, work
         "1",
     )
     cli(*start, "--no-evals", "probe.every=0", "optim.lr=1e-12", "optim.weight_decay=0", "run.name=next")
-    after = torch.load(next(workdir.glob("runs/next/checkpoints/step-*/backbone.pt")), weights_only=True)
+    after = torch.load(next(folder.glob("runs/next/checkpoints/step-*/backbone.pt")), weights_only=True)
     torch.testing.assert_close(after["block1.conv.weight"], theirs["layer1.conv.weight"], rtol=0, atol=1e-6)
     done = cli("pretrain", "--resume", outcome["name"], check=5)
     assert "holds imported weights" in done.stderr
     assert "--init-from" in done.stderr
 
 
-def test_refusals_reach_the_shell(cli: Cli, workdir: Path) -> None:
-    saved(plain(network()), workdir)
+def test_refusals_reach_the_shell(cli: Cli, folder: Path) -> None:
+    saved(plain(network()), folder)
     assert "missing: block1.conv.weight" in cli("import", "weights.pth", "--backbone", "conv4", check=5).stderr
     assert "three numbers" in cli("import", "weights.pth", "--backbone", "conv4", "--mean", "1,2", check=2).stderr
     cli("import", "weights.pth", "--backbone", "resnet18")
