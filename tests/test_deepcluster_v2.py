@@ -141,10 +141,10 @@ def test_loss_falls_between_two_clusterings() -> None:
 
 
 def test_loss_is_fp32_under_autocast_and_clusters_are_counted() -> None:
-    method = make(DeepClusterV2)
+    method, batch = make(DeepClusterV2), next(kit.loader().batches(0, 1))
     with torch.autocast("cpu", dtype=torch.bfloat16):
         method.start_epoch(0, kit.loader().images)
-        output = method(next(kit.loader().batches(0, 1)))
+        output = method(batch)
     assert output["loss"].dtype == torch.float32
     output["loss"].backward()
     assert method.clusters_used.tolist() == [len(row.unique()) for row in method.assignments]

@@ -55,6 +55,15 @@ def test_augmented_shows_every_image_once_in_the_methods_views():
     assert not torch.equal(boxes[0][: len(trained)], trained)
 
 
+def test_views_are_made_in_full_precision_under_autocast():
+    loader = _loader()
+    with torch.autocast("cpu", torch.bfloat16):
+        under = [batch.views[0].images for batch in loader.images.augmented(0)]
+        assert (torch.ones(2, 2) @ torch.ones(2, 2)).dtype == torch.bfloat16
+    plain = [batch.views[0].images for batch in loader.images.augmented(0)]
+    assert all(torch.equal(*pair) for pair in zip(under, plain, strict=True))
+
+
 @pytest.mark.parametrize("resident", ["auto", "off"])
 def test_ranks_share_every_pass(resident):
     whole = list(_loader(resident).images.augmented(2))

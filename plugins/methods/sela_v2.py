@@ -5,7 +5,7 @@ section 4.1 and the appendix of "Unsupervised Learning of Visual Features by Con
 (SwAV), NeurIPS 2020: DeepCluster-v2, but with labels from the Sinkhorn-Knopp algorithm over the whole data set and
 with prototypes that learn by gradient descent. No program was published, and the text leaves open how strongly the
 labels are regularised, in how many rounds, whether they are hard, whether prototypes are kept at unit length and
-whether they are frozen at first. Here labels are hard (soft ones would take K numbers per image), and all else is an
+whether they are frozen at first. Here labels are hard, as soft ones would take K numbers per image; all else is an
 option.
 """
 

@@ -134,7 +134,17 @@ class TrainLoader:
             step: of the draws; negative, so that no training step has the same.
         """
         batches = torch.arange(self.num_images).tensor_split(self.steps_per_epoch)
-        return self._produce((self._ordered_chunk(step, positions) for positions in batches), views)
+        chunks = (self._ordered_chunk(step, positions) for positions in batches)
+        return self._in_full_precision(self._produce(chunks, views))
+
+    def _in_full_precision(self, batches: Iterator[Batch]) -> Iterator[Batch]:
+        """Views are made in fp32, also for whoever asks for them under autocast."""
+        while True:
+            with torch.autocast(self.device.type, enabled=False):
+                batch = next(batches, None)
+            if batch is None:
+                return
+            yield batch
 
     def _ordered_chunk(self, step: int, positions: Tensor) -> Chunk:
         rows = rank_share(len(positions), self._rank, self._world)
