@@ -57,7 +57,7 @@ def levels(image: Image.Image) -> torch.Tensor:
 
 
 def strengths(name: str) -> list[float]:
-    _, values, neutral = OPERATIONS[name]
+    values, neutral = OPERATIONS[name].strengths, OPERATIONS[name].neutral
     if values is None:
         return [0.0]
     mirrored = [] if neutral is None else [2 * neutral - v for v in values.tolist()]
@@ -69,8 +69,7 @@ def test_operations_equal_torchvisions_to_the_bit(images, name):
     before = images.clone()
     for strength in strengths(name):
         expected = torch.stack([levels(apply_theirs(to_pil(i), name, strength)) for i in images])
-        parameters = () if OPERATIONS[name].strengths is None else (torch.full((len(images),), strength),)
-        ours = OPERATIONS[name].run(images, *parameters)
+        ours = OPERATIONS[name](images, torch.full((len(images),), strength))
         assert ours.dtype == torch.uint8
         assert torch.equal(ours, expected), strength
     assert torch.equal(images, before), "the input must stay as it was"
@@ -85,7 +84,7 @@ def test_the_policy_is_torchvisions():
 @pytest.mark.parametrize("name", NAMES)
 def test_magnitudes_and_signs_are_torchvisions_except_solarise(name):
     theirs, signed = SPACE[THEIR_NAMES[name]]
-    _, ours, neutral = OPERATIONS[name]
+    ours, neutral = OPERATIONS[name].strengths, OPERATIONS[name].neutral
     assert (neutral is not None) == signed
     if ours is None:
         assert theirs.ndim == 0

@@ -7,7 +7,6 @@ says otherwise.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from functools import lru_cache
 
 import torch
@@ -17,27 +16,6 @@ from sslbench.data.resample import resample, resize_matrix, to_rows
 
 LUMA = (0.2989, 0.587, 0.114)
 """ITU-R 601 weights of red, green and blue, rounded as torchvision has them."""
-
-
-def apply_where(images: Tensor, chosen: Tensor, operation: Callable[..., Tensor], *parameters: Tensor) -> None:
-    """Replace some images by an operation's result, without waiting for their device.
-
-    Args:
-        images: ``[B,3,H,W]``, modified in place.
-        chosen: which ones, bool ``[B]`` on the CPU.
-        operation: takes images and their parameters.
-        parameters: ``[B]`` each, on the CPU.
-    """
-    rows = chosen.nonzero().flatten()
-    if len(rows):
-        on_device = to_device_of(images, rows)
-        part = operation(images.index_select(0, on_device), *(to_device_of(images, p[rows]) for p in parameters))
-        images.index_copy_(0, on_device, part)
-
-
-def to_device_of(images: Tensor, values: Tensor) -> Tensor:
-    """The values on the images' device."""
-    return values.to(images.device, non_blocking=True)
 
 
 def _per_image(values: Tensor) -> Tensor:

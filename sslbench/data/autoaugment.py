@@ -10,18 +10,20 @@ the threshold of solarisation falls from 256 to 0 in ten linear steps, as in the
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from sslbench.data import policy_ops
-from sslbench.data.augment import apply_where
+from sslbench.data.grouping import apply_in_turns
 
 MAGNITUDES = 10
 
 
-class Operation(NamedTuple):
+@dataclass(frozen=True)
+class Operation:
     """One operation of the policy."""
 
     run: Callable[..., Tensor]
@@ -29,6 +31,10 @@ class Operation(NamedTuple):
     """Strength for each magnitude from 0 to 9; None: it has none."""
     neutral: float | None = None
     """Strength that changes nothing, about which a random sign mirrors the others; None: it has no sign."""
+
+    def __call__(self, images: Tensor, strength: Tensor) -> Tensor:
+        """Apply it to uint8 images ``[B,3,H,W]``; ``strength`` is ``[B]``."""
+        return self.run(images) if self.strengths is None else self.run(images, strength)
 
 
 def _enhance(run: Callable[..., Tensor]) -> Operation:
@@ -84,10 +90,10 @@ _NAMES = tuple(OPERATIONS)
 
 
 def _strength(name: str, magnitude: int, sign: int) -> float:
-    _, strengths, neutral = OPERATIONS[name]
-    if strengths is None:
+    operation = OPERATIONS[name]
+    if operation.strengths is None:
         return 0.0
-    strength = strengths[magnitude].item()
+    strength, neutral = operation.strengths[magnitude].item(), operation.neutral
     return strength if neutral is None else neutral + sign * (strength - neutral)
 
 
@@ -120,7 +126,7 @@ def decide(uniform: Tensor) -> Decisions:
 
 
 def autoaugment(images: Tensor, decisions: Decisions) -> Tensor:
-    """Carry out the decisions; each operation runs once a turn, on the images that need it.
+    """Carry out the decisions.
 
     The policy is one of 8-bit images: these are rounded to 8 bits first.
 
@@ -132,8 +138,5 @@ def autoaugment(images: Tensor, decisions: Decisions) -> Tensor:
         float32 ``[B,3,S,S]``, multiples of 1/255.
     """
     levels = images.mul(255).round_().to(torch.uint8)
-    for codes, strengths in zip(decisions.code.T, decisions.strength.T, strict=True):
-        for code, operation in enumerate(OPERATIONS.values()):
-            parameters = () if operation.strengths is None else (strengths,)
-            apply_where(levels, codes == code, operation.run, *parameters)
-    return levels.float().div_(255)
+    operations = (None, *OPERATIONS.values())
+    return apply_in_turns(levels, decisions.code.T + 1, decisions.strength.T, operations).float().div_(255)

@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 
 from sslbench.data import augment
-from sslbench.data.augment import apply_where, to_device_of
 from sslbench.data.autoaugment import autoaugment, decide
+from sslbench.data.grouping import apply_in_turns, apply_where, to_device_of
 from sslbench.plugin.viewspec import Blur, Jitter, ViewSpec
 from sslbench.rng import Draws
 
@@ -34,14 +34,21 @@ def augment_colors(images: Tensor, spec: ViewSpec, draws: Draws, stream: str) ->
         return images
     if spec.autoaugment == 0:
         return _regular_colors(images, spec, draws, stream)
+    return _policy_or_regular_colors(images, spec, draws, stream)
+
+
+def _policy_or_regular_colors(images: Tensor, spec: ViewSpec, draws: Draws, stream: str) -> Tensor:
     uniform = draws.uniform(f"{stream}/autoaugment", 6)
     by_policy = uniform[:, 0] < spec.autoaugment
-    images = images.clone()
-    decisions = decide(uniform[by_policy, 1:])
-    apply_where(images, by_policy, lambda part: autoaugment(part, decisions))
-    others = Draws(draws.seed, draws.step, draws.positions[~by_policy])
-    apply_where(images, ~by_policy, lambda part: _regular_colors(part, spec, others, stream))
-    return images
+    order = by_policy.logical_not().int().argsort(stable=True)
+    split = int(by_policy.sum())
+    policy, regular = to_device_of(images, order).tensor_split([split])
+    others = Draws(draws.seed, draws.step, draws.positions[order[split:]])
+    parts = (
+        autoaugment(images.index_select(0, policy), decide(uniform[order[:split], 1:])),
+        _regular_colors(images.index_select(0, regular), spec, others, stream),
+    )
+    return torch.cat(parts).index_select(0, to_device_of(images, order.argsort()))
 
 
 def _regular_colors(images: Tensor, spec: ViewSpec, draws: Draws, stream: str) -> Tensor:
@@ -77,35 +84,15 @@ def jitter_orders(uniform: Tensor) -> Tensor:
 
 
 def _jitter(images: Tensor, jitter: Jitter, uniform: Tensor) -> None:
-    """Apply colour jitter in place; ``uniform`` is ``[B,6]``: whether, order, four parameters.
-
-    Each of the four turns sorts the images by the operation that is theirs, so every operation runs once a turn.
-    """
+    """Apply colour jitter in place; ``uniform`` is ``[B,6]``: whether, order, four parameters."""
     strengths = (jitter.brightness, jitter.contrast, jitter.saturation, jitter.hue)
-    chosen = (uniform[:, 0] < jitter.p).nonzero().flatten()
-    if not len(chosen) or not any(strengths):
+    chosen = uniform[:, 0] < jitter.p
+    if not any(strengths):
         return
-    orders = jitter_orders(uniform[chosen, 1]).T.contiguous()
-    factors = jitter_factors(jitter, uniform[chosen, 2:])
-    ranked = orders.argsort(dim=1, stable=True)
-    previous = ranked.argsort(dim=1)[:-1]
-    moves = torch.cat([chosen[ranked[:1]], previous.gather(1, ranked[1:]), chosen[ranked[-1:]]])
-    moves = to_device_of(images, moves)
-    values = to_device_of(images, factors[ranked, orders.gather(1, ranked)])
-    part = images
-    for turn, order in enumerate(orders):
-        part = part.index_select(0, moves[turn])
-        sizes = order.bincount(minlength=len(strengths)).tolist()
-        part = _jitter_groups(part, values[turn], sizes, strengths)
-    images.index_copy_(0, moves[-1], part)
-
-
-def _jitter_groups(images: Tensor, values: Tensor, sizes: list[int], strengths: tuple[float, ...]) -> Tensor:
-    """Apply the four operations to consecutive groups of images with these sizes."""
-    groups = zip(_JITTERS, strengths, torch.split(images, sizes), torch.split(values, sizes), strict=True)
-    return torch.cat(
-        [adjust(part, value) if strength > 0 and len(part) else part for adjust, strength, part, value in groups]
-    )
+    orders = jitter_orders(uniform[chosen, 1])
+    factors = jitter_factors(jitter, uniform[chosen, 2:]).gather(1, orders)
+    operations = [adjust if strength > 0 else None for adjust, strength in zip(_JITTERS, strengths, strict=True)]
+    apply_where(images, chosen, lambda part: apply_in_turns(part, orders.T, factors.T, operations))
 
 
 def blur_radius(blur: Blur, side: int) -> int:
