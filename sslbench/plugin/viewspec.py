@@ -35,7 +35,9 @@ class Blur(Options):
     sigma: tuple[float, float] = (0.1, 2.0)
     """Range of the Gaussian's standard deviation in pixels of the view."""
     kernel: float = Field(0.1, gt=0, le=1)
-    """Kernel side as a fraction of the view's side; the radius is int(kernel*side)//2, at least 1."""
+    """Kernel side as a fraction of the view's side; the radius is int(kernel*side)//2, at least 1. Pillow's
+    blur has no such limit: up to sigma 2, a radius of 6 equals it (0.375 at 32 pixels, 0.125 at 96, 0.1 from
+    120)."""
     factors: tuple[float, ...] = (1.1, 1.2, 1.5)
     """`resize` only: shrink factors, one drawn uniformly per image."""
 
@@ -57,10 +59,11 @@ class ViewSpec(Options):
     ratio: tuple[float, float] = (3 / 4, 4 / 3)
     """`resized`: range of the crop's aspect ratio, drawn log-uniformly."""
     near: int | None = Field(None, ge=0)
-    """`resized`: number of an earlier view (from 0) whose crop this one must overlap; unset: none."""
+    """`resized`: number of an earlier view whose crop this one must overlap; unset: none. Views are counted from
+    0, each one of a `count` by itself."""
     overlap: float = Field(0.1, gt=0, le=1)
-    """`near`: least overlap as a fraction of this crop's target area. If ten tries fail, the crop is drawn
-    without the constraint."""
+    """`near`: least overlap as a fraction of this crop's target area, in pixels of the source image. If ten tries
+    fail, the crop is drawn without the constraint."""
     padding: float = Field(0.125, ge=0, le=1)
     """`padded`: zero padding per side as a fraction of the image (4 pixels of 32)."""
     interpolation: Literal["bilinear", "bicubic"] = "bicubic"
@@ -68,7 +71,8 @@ class ViewSpec(Options):
     flip: float = Field(0.5, ge=0, le=1)
     """Probability of a horizontal flip."""
     autoaugment: float = Field(0.0, ge=0, le=1)
-    """Probability that AutoAugment's ImageNet policy takes the place of the colour operations below."""
+    """Probability that AutoAugment's ImageNet policy takes the place of the colour operations below; it works
+    on the view's pixels rounded to 8 bits."""
     jitter: Jitter | None = None
     """Colour jitter in a random order per image."""
     gray: float = Field(0.0, ge=0, le=1)
