@@ -65,6 +65,20 @@ def test_lars_golden_step(norm):
     torch.testing.assert_close(module.w.detach(), torch.full((4,), 0.998))
 
 
+def test_lars_on_every_tensor_as_swav_trains():
+    module = Vectors(w=torch.tensor([3.0, 4.0]), at_zero=torch.zeros(2), without_gradient=torch.ones(2))
+    optimizer = build_optimizer(lars(lars_norm="separate", lr=0.3, weight_decay=1e-6), None, module, 256)
+    module.w.grad = torch.tensor([0.6, -0.8])
+    module.at_zero.grad = torch.tensor([0.6, -0.8])
+    module.without_gradient.grad = torch.zeros(2)
+    optimizer.step()
+    scaled = optimizer.state[module.w]["momentum_buffer"]
+    torch.testing.assert_close(scaled, torch.tensor([0.0030000, -0.0039999600]), rtol=1e-6, atol=0)
+    torch.testing.assert_close(module.w.detach(), torch.tensor([2.9991, 4.0012]), rtol=1e-7, atol=0)
+    torch.testing.assert_close(module.at_zero.detach(), torch.tensor([-0.18, 0.24]))
+    assert torch.equal(module.without_gradient, torch.ones(2))
+
+
 @pytest.mark.parametrize(("rule", "moved"), [("lr", 2.0), ("lr-squared", 4.0)])
 def test_excluded_parameters_take_plain_or_squared_steps(rule, moved):
     module = Vectors(bias=torch.ones(4))
@@ -102,7 +116,7 @@ class SlowLars:
             measured = g.norm()
             denominator = measured + o.weight_decay * w.norm() + 1e-8
         adaptable = w.norm() > 0 and measured > 0
-        return decayed * (o.trust * w.norm() / denominator if adaptable else 1.0)
+        return decayed * (o.trust * w.norm() / denominator) if adaptable else g
 
 
 @pytest.mark.parametrize("nesterov", [False, True])

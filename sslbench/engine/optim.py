@@ -207,8 +207,10 @@ def _adapted(weights: list[Tensor], gradients: list[Tensor], group: Mapping[str,
         measured = _norms(gradients)
         denominators = measured + decay * weight_norms + 1e-8
     ratios = group["trust"] * weight_norms / denominators
-    # A tensor at zero, or without gradient, takes an unscaled step; otherwise it could never leave zero.
-    ratios = torch.where((weight_norms > 0) & (measured > 0), ratios, 1.0)
+    # A tensor at zero takes an unscaled step, otherwise it could never leave zero.
+    ratios = torch.where(weight_norms > 0, ratios, 1.0)
+    # One without gradient is not decayed either: the published programs adapt and decay together or not at all.
+    ratios = torch.where(measured > 0, ratios, 0.0)
     torch._foreach_mul_(updates, list(ratios.unbind()))
     return updates
 
