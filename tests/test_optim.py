@@ -177,6 +177,17 @@ def test_lars_never_reads_a_value_back_from_the_device():
         optimizer.step()
 
 
+@pytest.mark.parametrize("name", ["sgd", "lars", "adamw", "adam"])
+def test_a_parameter_may_get_its_first_gradient_late(name):
+    module = Vectors(used=torch.ones(2, 2), late=torch.ones(2, 2))
+    optimizer = build_optimizer(OptimOptions(name=name), None, module, 256)
+    for late in (None, None, torch.ones(2, 2)):
+        module.used.grad, module.late.grad = torch.ones(2, 2), late
+        assert (module.late == 1).all()
+        optimizer.step()
+    assert (module.late != 1).all()
+
+
 # ---------------------------------------------------------------- grouping
 
 

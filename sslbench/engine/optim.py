@@ -55,7 +55,8 @@ def build_optimizer(
             squared_lr=options.excluded_lr == "lr-squared",
         )
     if options.name == "sgd":
-        return torch.optim.SGD(split, lr=peak, momentum=options.momentum, nesterov=options.nesterov, fused=True)
+        # Not fused: that fails when a parameter gets its first gradient after others have momentum.
+        return torch.optim.SGD(split, lr=peak, momentum=options.momentum, nesterov=options.nesterov, foreach=True)
     adam = torch.optim.AdamW if options.name == "adamw" else torch.optim.Adam
     return adam(split, lr=peak, betas=options.betas, fused=True)
 

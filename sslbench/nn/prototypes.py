@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Self
+from typing import Self, cast
 
 import torch
 import torch.nn.functional as F
@@ -93,6 +93,15 @@ class PrototypeMethod(Method):
         projected = self.projector(encode_views(self.backbone, batch.views))
         with no_autocast(projected):
             return F.normalize(projected.float(), dim=1).reshape(len(batch.views), len(batch), -1)
+
+    def score(self, embeddings: Tensor) -> list[Tensor]:
+        """fp32 scores ``[...,K]`` of unit embeddings ``[...,D]``, one tensor for each set of prototypes."""
+        return [prototypes(embeddings) for prototypes in self.prototypes]
+
+    def normalize_prototypes(self) -> None:
+        """Scale all prototypes to unit length; call it before they score anything in a step."""
+        for prototypes in self.prototypes:
+            cast(Prototypes, prototypes).normalize()
 
     def before_step(self, progress: Progress) -> None:
         """Freeze by dropping gradients: neither weight decay nor momentum moves the prototypes then."""
