@@ -9,7 +9,7 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 from methods_kit import batch, make, rows
-from sslbench_plugins.methods import byol, relationnet, rotationnet, scrl, simclr, supervised
+from sslbench_plugins.methods import byol, relationnet, rotationnet, scrl, simclr, supervised, swav
 from torch import Tensor, nn
 
 from sslbench.plugin.api import Batch, Method
@@ -23,6 +23,8 @@ METHODS = {
     "scrl": (scrl.SCRL, {"boxes": {"per_image": 3}}),
     "scrl-no-box-on-rank-1": (scrl.SCRL, {}),
     "supervised": (supervised.Supervised, {}),
+    "swav": (swav.SwAV, {"prototypes": 12}),
+    "swav-hard": (swav.SwAV, {"prototypes": 12, "hard": True, "assign": (1,)}),
     "relationnet": (relationnet.RelationNet, {}),
     "relationnet-max": (relationnet.RelationNet, {"aggregation": "max", "loss": "bce"}),
     "rotationnet": (rotationnet.RotationNet, {}),
