@@ -44,8 +44,8 @@ class MoCoConfig(MethodConfig):
     """Hidden width of the projection head; unset: the backbone's width (as the paper), at least 256."""
     out_dim: int = Field(128, ge=1)
     """Width of queries and keys."""
-    temperature: float = Field(0.2, gt=0)
-    """Temperature of the softmax."""
+    temperature: float = Field(0.1, gt=0)
+    """Temperature of the softmax (paper: 0.2 for ImageNet)."""
     momentum: float = Field(0.99, ge=0, le=1)
     """EMA momentum of the key encoder, constant (paper: 0.999 for long runs)."""
     queue: int | None = Field(None, ge=1)
