@@ -29,7 +29,8 @@ SIMILARITY = torch.tensor([[0.1, 0.9, 0.8, 0.2], [0.7, 0.3, 0.6, 0.1]])
 
 
 def moco_method(seed: int = 0, norm: bool = True, **options: object) -> moco.MoCo:
-    method = make(moco.MoCo, seed, norm, **{"queue": 32, "bn_groups": 2, "knn_topk": 4, "temperature": 0.2, **options})
+    chosen = {"queue": 32, "bn_groups": 2, "knn_topk": 4, "temperature": 0.2, **options}
+    method = make(moco.MoCo, seed, norm, **chosen)
     assert isinstance(method, moco.MoCo)
     return method
 
