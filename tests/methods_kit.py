@@ -15,8 +15,10 @@ class TinyBackbone(Backbone):
     """Two convolutions, 32 px to a 4x4 map of 16 features. Without normalisation its rows are independent."""
 
     name = "tiny"
+    provides = frozenset({"pooled", "map", "stem"})
     dim = 16
     stride = 8
+    stem_dim = 8
 
     def __init__(self, norm: bool = True) -> None:
         super().__init__(Options(), SIDE)
@@ -28,8 +30,9 @@ class TinyBackbone(Backbone):
         )
 
     def forward(self, images: Tensor) -> Features:
-        feature_map = self.layers(images)
-        return Features(feature_map.mean(dim=(2, 3)), feature_map)
+        stem = self.layers[:3](images)
+        feature_map = self.layers[3](stem)
+        return Features(feature_map.mean(dim=(2, 3)), feature_map, stem)
 
 
 def build(norm: bool = True, num_classes: int | None = 10) -> Build:

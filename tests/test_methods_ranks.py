@@ -9,7 +9,17 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 from methods_kit import batch, make, rows
-from sslbench_plugins.methods import byol, relationnet, rotationnet, scrl, simclr, supervised, swav
+from sslbench_plugins.methods import (
+    byol,
+    deepcluster,
+    deepinfomax,
+    relationnet,
+    rotationnet,
+    scrl,
+    simclr,
+    supervised,
+    swav,
+)
 from torch import Tensor, nn
 
 from sslbench.plugin.api import Batch, Method
@@ -27,6 +37,8 @@ METHODS = {
     "swav-hard": (swav.SwAV, {"prototypes": 12, "hard": True, "assign": (1,)}),
     "relationnet": (relationnet.RelationNet, {}),
     "relationnet-max": (relationnet.RelationNet, {"aggregation": "max", "loss": "bce"}),
+    "deepcluster": (deepcluster.DeepCluster, {"clusters": 5}),
+    "deepinfomax": (deepinfomax.DeepInfoMax, {"global_weight": 0.5, "cells": 20}),
     "rotationnet": (rotationnet.RotationNet, {}),
 }
 VIEWS = {"relationnet": 4, "relationnet-max": 4}
