@@ -7,7 +7,7 @@ from functools import cached_property
 from pydantic import Field
 
 from sslbench.data.encoded import FileSource
-from sslbench.data.filesets import FileDataset, NormalizedOptions, find_base
+from sslbench.data.filesets import FileDataset, NormalizedOptions, RootOptions, find_base
 from sslbench.data.paths import find_images
 from sslbench.errors import DataError
 from sslbench.plugin.api import Dataset, DatasetInfo
@@ -19,7 +19,7 @@ LAYOUT = """  ROOT/{images}/*.jpg, or
 from http://images.cocodataset.org/zips/{images}.zip"""
 
 
-class CocoOptions(NormalizedOptions):
+class CocoOptions(NormalizedOptions, RootOptions):
     """Options of `coco`."""
 
     images: str = Field(IMAGES, pattern=r"^[\w.-]+$")

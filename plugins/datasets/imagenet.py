@@ -11,7 +11,7 @@ import numpy as np
 import torch
 
 from sslbench.data.encoded import FileSource
-from sslbench.data.filesets import FileDataset, NormalizedOptions, find_base
+from sslbench.data.filesets import FileDataset, NormalizedOptions, RootOptions, find_base
 from sslbench.data.paths import PathTable, find_images
 from sslbench.data.subsets import balanced_subset, listed_subset
 from sslbench.errors import DataError
@@ -28,7 +28,7 @@ DEVKIT = "ILSVRC2012_devkit_t12/data"
 PERCENT = {"1%": 1, "10%": 10}
 
 
-class ImageNetOptions(NormalizedOptions):
+class ImageNetOptions(NormalizedOptions, RootOptions):
     """Options of `imagenet`."""
 
     subset: str = "none"

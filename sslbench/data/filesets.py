@@ -26,7 +26,7 @@ class RootOptions(Options):
     """The folder with the unpacked files."""
 
 
-class NormalizedOptions(RootOptions):
+class NormalizedOptions(Options):
     """Options of data sets whose published programs differ in the normalisation."""
 
     mean: tuple[float, float, float] = IMAGENET_MEAN

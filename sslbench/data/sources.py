@@ -63,6 +63,11 @@ class ConcatSource(Source):
         first, second = (part.targets for part in self._parts)
         return None if first is None or second is None else torch.cat([first, second])
 
+    @property
+    def blocks(self) -> Tensor | None:
+        first, second = (part.blocks for part in self._parts)
+        return None if first is None or second is None else torch.cat([first, second + first.max() + 1])
+
     def image_sizes(self) -> Tensor:
         return torch.cat([part.image_sizes() for part in self._parts])
 
