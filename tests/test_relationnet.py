@@ -82,6 +82,13 @@ def test_published_size_has_63488_pairs() -> None:
     assert all_pairs(32, 64)[..., 0].numel() == 63_488
 
 
+@pytest.mark.parametrize(("start", "stop"), [(0, 3), (3, 4), (4, 7)])
+def test_a_rank_pairs_its_images_with_those_of_all(start: int, stop: int) -> None:
+    rows = numbered(4, 7)
+    own = pair_up(rows[:, start:stop], rows, start, side_by_side).long()
+    assert torch.equal(own, all_pairs(4, 7)[:, :, start:stop])
+
+
 def test_a_lone_image_is_refused() -> None:
     with pytest.raises(ConfigError, match="at least 2 images"):
         make(RelationNet)(batch(1, views=4))
@@ -242,3 +249,20 @@ def test_published_settings_are_expressible() -> None:
     cfg = RelationNetConfig(views=views, aggregation="cat", hidden=256, loss="focal")
     method = RelationNet(cfg, build())
     assert float(method(batch(2, views=32))["loss"].detach()) < 1
+
+
+def test_learns_which_views_belong_together() -> None:
+    """The views of an image share its colour; those of two images do not."""
+    method = make(RelationNet)
+    optimizer = torch.optim.Adam(method.parameters(), lr=3e-3)
+    for step in range(25):
+        data = batch(8, views=4, seed=step)
+        color = 3 * torch.randn(8, 3, 1, 1, generator=torch.Generator().manual_seed(step))
+        for view in data.views:
+            view.images.mul_(0.1).add_(color)
+        output = method(data)
+        optimizer.zero_grad()
+        output["loss"].backward()
+        optimizer.step()
+    assert float(output["accuracy_positive"]) > 80
+    assert float(output["accuracy_negative"]) > 80
