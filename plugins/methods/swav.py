@@ -2,8 +2,8 @@
 
 Caron et al., "Unsupervised Learning of Visual Features by Contrasting Cluster Assignments", NeurIPS 2020: swapped
 prediction (equations 1 and 2), online codes by Sinkhorn-Knopp with a queue for small batches (section 3.1),
-multi-crop (section 3.2). As in the authors' program the loss is divided by the number of assigned views and of their
-predictors, where equation 6 sums. The queue is one for all ranks, where theirs has a part on each.
+multi-crop (section 3.2). As in the authors' program the loss is divided by the number of assigned views and of
+their predictors, where equation 6 sums. The queue is one for all ranks, where theirs has a part on each.
 
 A loss that stays at the logarithm of ``prototypes`` means collapse. Remedies, in the authors' order: lower
 ``epsilon``, raise ``freeze_steps``, tune rate, batch and views, ``hard: true``, ``head_norm: false``, a shorter or
