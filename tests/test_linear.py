@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -70,6 +71,60 @@ def test_the_grid_trains_each_head_as_torch_would_alone(table: tuple[Tensor, Ten
     train(heads, lambda epoch: iter(batches_of(table, epoch)), steps, lambda *_: None)
     for g, lr in enumerate(lrs.tolist()):
         torch.testing.assert_close(heads.weight[:, g], single_head(table, start, lr, cfg), rtol=1e-5, atol=1e-5)
+
+
+def test_adam_at_a_constant_rate_is_torchs(table: tuple[Tensor, Tensor]) -> None:
+    cfg = LinearConfig(optimizer="adam", schedule="constant", epochs=EPOCHS, weight_decay=1e-3)
+    heads = Heads(cfg, torch.tensor([1e-3, 1e-2]), 64, 10, torch.Generator().manual_seed(0))
+    layers = []
+    for g, lr in enumerate((1e-3, 1e-2)):
+        layer = nn.Linear(64, 10)
+        with torch.no_grad():
+            layer.weight.copy_(heads.weight[:-1, g].T)
+            layer.bias.copy_(heads.weight[-1, g])
+        optimizer = torch.optim.Adam(layer.parameters(), lr=lr, weight_decay=1e-3)
+        for epoch in range(EPOCHS):
+            for inputs, labels in batches_of(table, epoch):
+                optimizer.zero_grad()
+                F.cross_entropy(layer(inputs), labels).backward()
+                optimizer.step()
+        layers.append(torch.cat([layer.weight.detach().T, layer.bias.detach()[None]]))
+    steps = math.ceil(len(table[0]) / BATCH)
+    train(heads, lambda epoch: iter(batches_of(table, epoch)), steps, lambda *_: None)
+    for g, expected in enumerate(layers):
+        torch.testing.assert_close(heads.weight[:, g], expected, rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("options", "expected"),
+    [
+        ({"advance": "epoch"}, [1.0, 1.0, 0.75, 0.75, 0.25, 0.25]),
+        ({"schedule": "constant"}, [1.0] * 6),
+        ({"schedule": "step", "milestones": (0.5, 0.8), "gamma": 0.1}, [1.0, 1.0, 1.0, 0.1, 0.1, 0.01]),
+    ],
+)
+def test_rates_change_as_the_schedule_says(options: dict[str, Any], expected: list[float]) -> None:
+    """Three epochs of two steps."""
+    cfg = LinearConfig(epochs=3, momentum=0, **options)
+    factors: list[float] = []
+
+    class Noting(Heads):
+        def step(self, inputs: Tensor, labels: Tensor, factor: float) -> Tensor:
+            factors.append(factor)
+            return super().step(inputs, labels, factor)
+
+    heads = Noting(cfg, torch.tensor([0.1]), 2, 2, torch.Generator().manual_seed(0))
+    rows = (torch.eye(2), torch.arange(2))
+    train(heads, lambda _: iter([rows, rows]), 2, lambda *_: None)
+    assert factors == pytest.approx(expected)
+
+
+def test_heads_may_start_as_published_for_imagenet() -> None:
+    heads = Heads(LinearConfig(init="normal"), torch.ones(2), 4096, 10, torch.Generator().manual_seed(0))
+    weight, bias = heads.weight[:-1], heads.weight[-1]
+    assert weight.std().item() == pytest.approx(0.01, rel=0.02)
+    assert not bias.any()
+    assert torch.equal(weight[:, 0], weight[:, 1])
 
 
 def test_lars_scales_weight_and_bias_of_each_head_by_their_own_norms() -> None:

@@ -27,6 +27,8 @@ EpochBatches = Callable[[int], Iterator[tuple[Tensor, Tensor]]]
 
 CURVE_POINTS = 20
 AUGMENTED = ViewSpec(scale=(0.08, 1.0), flip=0.5)
+ADAM_BETAS = (0.9, 0.999)
+ADAM_EPSILON = 1e-8
 
 
 class LinearConfig(EvalOptions):
@@ -36,10 +38,11 @@ class LinearConfig(EvalOptions):
     """Learning rates to choose from, each per `lr_per` images of the batch."""
     lr_per: int | None = Field(256, ge=1)
     """Linear scaling: effective lr = lr * train_batch / lr_per; unset: rates are used as they are."""
-    optimizer: Literal["sgd", "lars"] = "sgd"
-    """`lars`: weight and bias of each head are scaled by their trust ratios, as in the SCRL evaluation."""
+    optimizer: Literal["sgd", "lars", "adam"] = "sgd"
+    """`lars`: weight and bias of each head are scaled by their trust ratios, as in the SCRL evaluation; `adam`: as
+    in relational reasoning's, which uses a rate of 0.001 as it is."""
     momentum: float = Field(0.9, ge=0, lt=1)
-    """Momentum of both optimisers."""
+    """Momentum of sgd and lars."""
     nesterov: bool = False
     """Nesterov's momentum."""
     weight_decay: float = Field(0.0, ge=0)
@@ -50,8 +53,20 @@ class LinearConfig(EvalOptions):
     """Passes over the training images."""
     train_batch: int = Field(256, ge=1)
     """Images in a training batch of the classifiers, over all devices."""
+    schedule: Literal["cosine", "constant", "step"] = "cosine"
+    """What happens to the rates after the warm-up: they fall to zero, stay, or are multiplied by `gamma` after
+    each of the `milestones`."""
+    advance: Literal["step", "epoch"] = "step"
+    """When rates change: with every step, or with every epoch (SwAV's evaluation)."""
     warmup_epochs: float = Field(0.0, ge=0)
-    """Linear warm-up before the cosine decay to zero. The rate changes with every step."""
+    """Length of the linear warm-up."""
+    milestones: tuple[float, ...] = (0.6, 0.8)
+    """Step: fractions of the training."""
+    gamma: float = Field(0.1, gt=0)
+    """Step: the factor at each milestone."""
+    init: Literal["uniform", "normal"] = "uniform"
+    """How heads start: `uniform` in +-1/sqrt(D), as `nn.Linear`; `normal`: weights of standard deviation 0.01 and
+    biases of 0 (SwAV's and MoCo's evaluations)."""
     augment: Literal["none", "crop-flip"] = "none"
     """`none`: features are computed once; `crop-flip`: every epoch sees new random resized crops (8 to 100 % of
     the area) and flips, as published for ImageNet."""
@@ -66,8 +81,7 @@ class LinearConfig(EvalOptions):
 class Heads:
     """Linear classifiers that differ in their learning rate alone, trained side by side.
 
-    All heads see the same batches, so one matrix product serves the whole grid. They start from the same values,
-    uniform in +-1/sqrt(D) like ``nn.Linear``.
+    All heads see the same batches, so one matrix product serves the whole grid. They start from the same values.
 
     Args:
         lrs: ``[G]`` effective learning rates.
@@ -78,10 +92,13 @@ class Heads:
     def __init__(self, cfg: LinearConfig, lrs: Tensor, dim: int, classes: int, generator: torch.Generator) -> None:
         self.cfg = cfg
         self.lrs = lrs
-        initial = (torch.rand(dim + 1, 1, classes, generator=generator) * 2 - 1) / math.sqrt(dim)
-        self.weight = initial.to(lrs.device).repeat(1, len(lrs), 1)
+        self.weight = _initial(cfg, dim, classes, generator).to(lrs.device).repeat(1, len(lrs), 1)
         """``[D+1,G,C]``; the last row is the bias."""
         self.velocity = torch.zeros_like(self.weight)
+        """Running sum of updates; of Adam, the running mean of gradients."""
+        self.power = torch.zeros_like(self.weight) if cfg.optimizer == "adam" else None
+        """Adam's running mean of squared gradients."""
+        self.steps = 0
 
     def logits(self, inputs: Tensor) -> Tensor:
         """``[N,D]`` to ``[N,G,C]``."""
@@ -109,11 +126,23 @@ class Heads:
 
     def _descend(self, gradient: Tensor, factor: float) -> None:
         update = gradient.add_(self.weight, alpha=self.cfg.weight_decay)
+        step = self._with_momentum(update) if self.power is None else self._normalized(update, self.power)
+        self.weight -= factor * self.lrs[:, None] * step
+
+    def _with_momentum(self, update: Tensor) -> Tensor:
         if self.cfg.optimizer == "lars":
             update = self._adapted(update)
         self.velocity.mul_(self.cfg.momentum).add_(update)
-        step = update + self.cfg.momentum * self.velocity if self.cfg.nesterov else self.velocity
-        self.weight -= factor * self.lrs[:, None] * step
+        return update + self.cfg.momentum * self.velocity if self.cfg.nesterov else self.velocity
+
+    def _normalized(self, update: Tensor, power: Tensor) -> Tensor:
+        """Kingma & Ba, "Adam" (ICLR 2015), algorithm 1, with the authors' constants."""
+        self.steps += 1
+        beta, slow = ADAM_BETAS
+        self.velocity.lerp_(update, 1 - beta)
+        power.lerp_(update.square(), 1 - slow)
+        root = (power / (1 - slow**self.steps)).sqrt_().add_(ADAM_EPSILON)
+        return self.velocity / (1 - beta**self.steps) / root
 
     def _adapted(self, update: Tensor) -> Tensor:
         """Scale each head's weight and bias by trust * |w| / |g + wd * w| (1 where a norm is zero)."""
@@ -125,6 +154,14 @@ class Heads:
 
         parts = [(self.weight[:-1], update[:-1]), (self.weight[-1:], update[-1:])]
         return torch.cat([change * ratio(weight, change) for weight, change in parts])
+
+
+def _initial(cfg: LinearConfig, dim: int, classes: int, generator: torch.Generator) -> Tensor:
+    """``[D+1,1,C]``"""
+    if cfg.init == "uniform":
+        return (torch.rand(dim + 1, 1, classes, generator=generator) * 2 - 1) / math.sqrt(dim)
+    weight = torch.randn(dim, 1, classes, generator=generator) * 0.01
+    return torch.cat([weight, torch.zeros(1, 1, classes)])
 
 
 AfterEpoch = Callable[[int, Tensor, Heads], None]
@@ -170,7 +207,13 @@ def score(heads: Heads, scaling: FeatureScaling, table: FeatureTable, chunk: int
 def train(heads: Heads, epoch_batches: EpochBatches, steps_per_epoch: int, after_epoch: AfterEpoch) -> None:
     """Train for ``cfg.epochs`` epochs."""
     cfg = heads.cfg
-    schedule = OptimOptions(schedule="cosine", warmup_epochs=cfg.warmup_epochs)
+    schedule = OptimOptions(
+        schedule=cfg.schedule,
+        advance="epoch" if cfg.advance == "epoch" else "begun",
+        warmup_epochs=cfg.warmup_epochs,
+        milestones=cfg.milestones,
+        gamma=cfg.gamma,
+    )
     steps = cfg.epochs * steps_per_epoch
     for epoch in range(cfg.epochs):
         total = torch.zeros_like(heads.lrs)
