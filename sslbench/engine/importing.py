@@ -122,16 +122,14 @@ def plan_import(
 
 def _merged(registry: Registry, recipe: str | None, given: Tree) -> Tree:
     """The sections that matter here, of the recipe and of the command line."""
+    chain = registry.recipe_chain(recipe) if recipe else []
     tree: Tree = {}
-    for name, part in registry.recipe_chain(recipe) if recipe else ():
-        merge(tree, {key: value for key, value in part.config.items() if key in _SECTIONS}, name, {})
-    for kind in (
-        "backbone",
-        "dataset",
-    ):  # options of a plugin that the command line replaces are not for the other
-        if given.get(kind, {}).get("name") not in (None, tree.get(kind, {}).get("name")):
-            tree.pop(kind, None)
-    merge(tree, given, "command line", {})
+    for origin, values in [*((name, part.config) for name, part in chain), ("command line", given)]:
+        for kind in ("backbone", "dataset"):  # options of a plugin that is replaced here are not for the other
+            if values.get(kind, {}).get("name") not in (None, tree.get(kind, {}).get("name")):
+                tree.pop(kind, None)
+        recognised = {key: value for key, value in values.items() if key in _SECTIONS or values is given}
+        merge(tree, recognised, origin, {})
     return tree
 
 
