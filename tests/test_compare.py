@@ -176,9 +176,16 @@ def test_references_judge_recipes(tmp_path: Path) -> None:
         return Reference(recipe=recipe, metric=metric, value=69.5, tolerance=1.0, source="a paper")
 
     references = [reference("byol/toy"), reference("simclr/toy"), reference("byol/toy", "eval/knn.v1/toy/top1")]
+    references += [reference("byol/toy", "COCO, box AP").model_copy(update={"verified": False})]
     verdicts = judge(compare(load_results(tmp_path)), references)
-    assert [v.verdict for v in verdicts] == ["reproduced", "below", "missing"]
-    assert render_verdicts(verdicts).row_count == 3
+    assert [v.verdict for v in verdicts] == ["reproduced", "below", "missing", "no protocol"]
+    table = render_verdicts(verdicts)
+    assert table.row_count == 4
+    console = Console(width=200, file=io.StringIO())
+    console.print(table)
+    lines = console.file.getvalue().splitlines()  # type: ignore[attr-defined]
+    assert [("(not verified)" in line, "69.5 ± 1 ?" in line) for line in lines if "COCO" in line] == [(True, True)]
+    assert sum("not verified" in line for line in lines) == 1
 
 
 def test_selectors_pick_by_pattern_and_name_unknown_runs(tmp_path: Path) -> None:

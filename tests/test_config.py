@@ -178,23 +178,6 @@ def test_a_config_file_that_is_no_mapping_or_no_yaml_is_refused(tmp_path: Path) 
         read_config_file(tmp_path / "none.yaml")
 
 
-def test_every_shipped_recipe_composes_and_every_reference_names_one() -> None:
-    shipped = load_registry(find_registry())
-    assert shipped.recipes
-    for name in shipped.recipes:
-        layers = [Layer("test", {})]
-        dataset = _dataset_of(shipped, name)
-        if dataset in ("folder", "cifar10", "cifar100", "stl10", "imagenet"):
-            layers = [Layer("test", {"dataset": {"root": "/data"}})]
-        compose(Catalog(), shipped, recipe=name, layers=layers)
-    assert all(reference.recipe in shipped.recipes for reference in shipped.references)
-
-
-def _dataset_of(shipped: Registry, recipe: str) -> str | None:
-    names = [part.config.get("dataset", {}).get("name") for _, part in shipped.recipe_chain(recipe)]
-    return next((name for name in reversed(names) if name), shipped.defaults["dataset"]["name"])
-
-
 def test_registry_problems_are_reported(tmp_path: Path) -> None:
     file = tmp_path / "registry.yaml"
     file.write_text("version: 1\nrecipes:\n  a: {summary: s}\n")

@@ -227,8 +227,9 @@ def test_what_is_missing_or_unexpected_or_misshaped_is_listed(folder: Path) -> N
 
 
 def test_another_network_and_half_a_network_are_refused(folder: Path) -> None:
-    assert "60 unexpected" not in (message := refused(plain(network()), folder, "backbone.name=resnet34"))
-    assert "96 missing: layer1.2.conv1.weight" in message
+    message = refused(plain(network()), folder, "backbone.name=resnet34")
+    assert "80 missing: layer1.2.conv1.weight" in message  # of eight blocks, batch counters aside
+    assert "unexpected" not in message
     message = refused(plain(network()), folder, "backbone.name=conv4")
     assert "missing: block1.conv.weight" in message
     assert "unexpected: conv1.weight" in message

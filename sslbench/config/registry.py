@@ -33,7 +33,7 @@ class Reference(Options):
 
     recipe: str
     metric: str
-    """Metric key, such as ``eval/test.v1/imagenet/top1``."""
+    """Metric key, such as ``eval/test.v1/imagenet/top1``; in words if no protocol here measures it."""
     value: float
     tolerance: float = Field(ge=0)
     """How far a reproduction may be away, in the metric's units."""
@@ -42,6 +42,11 @@ class Reference(Options):
     """False: taken from a source that could not be checked."""
     protocol_note: str | None = None
     """How the published protocol differs from ours."""
+
+    @property
+    def measurable(self) -> bool:
+        """Whether a protocol here measures it."""
+        return self.metric.startswith("eval/")
 
 
 class Registry(Options):

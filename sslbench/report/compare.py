@@ -87,7 +87,8 @@ class Verdict:
     reference: Reference
     cell: Cell | None
     """None: the metric was not computed."""
-    verdict: Literal["reproduced", "below", "above", "missing"] = "missing"
+    verdict: Literal["reproduced", "below", "above", "missing", "no protocol"] = "missing"
+    """`missing`: not evaluated yet; `no protocol`: nothing here measures it."""
 
 
 def compare(results: Sequence[RunResult]) -> Comparison:
@@ -120,8 +121,12 @@ def judge(comparison: Comparison, references: Iterable[Reference]) -> list[Verdi
             if row.recipe == reference.recipe:
                 cells = [cell for column, cell in row.cells.items() if column.key == reference.metric]
                 verdicts += [_verdict(row, reference, cell) for cell in cells]
-                verdicts += [Verdict(row, reference, None)] * (not cells)
+                verdicts += [Verdict(row, reference, None, _absent(reference))] * (not cells)
     return verdicts
+
+
+def _absent(reference: Reference) -> Literal["missing", "no protocol"]:
+    return "missing" if reference.measurable else "no protocol"
 
 
 def _verdict(row: Row, reference: Reference, cell: Cell) -> Verdict:

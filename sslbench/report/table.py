@@ -94,6 +94,7 @@ def render_verdicts(verdicts: Sequence[Verdict]) -> Table:
     for v in verdicts:
         published = f"{v.reference.value:g} ± {v.reference.tolerance:g}"
         doubt = "" if v.reference.verified else " (not verified)"
+        published += "" if v.reference.verified else " ?"
         table.add_row(
             v.row.recipe,
             v.reference.metric,
@@ -105,7 +106,7 @@ def render_verdicts(verdicts: Sequence[Verdict]) -> Table:
     return table
 
 
-_VERDICT_STYLE = {"reproduced": "green", "above": "cyan", "below": "red", "missing": "dim"}
+_VERDICT_STYLE = {"reproduced": "green", "above": "cyan", "below": "red", "missing": "dim", "no protocol": "dim"}
 #: How many models the first line of an overview names.
 _RANKED = 8
 _FACTS = ("method", "backbone", "pretrained on", "epochs", "seeds")
