@@ -15,7 +15,7 @@ import sys
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from functools import cache, cached_property
-from importlib.metadata import EntryPoint, entry_points
+from importlib.metadata import Distribution, EntryPoint, entry_points
 from pathlib import Path
 from types import ModuleType
 from typing import Any, Literal, cast
@@ -180,8 +180,14 @@ class Catalog:
 
 
 def _entry_of(kind: Kind, ep: EntryPoint) -> Entry:
-    name, version = (ep.dist.name, ep.dist.version) if ep.dist else ("unknown", "unknown")
+    name, version = _named(ep.dist) if ep.dist else ("unknown", "unknown")
     return Entry(kind, ep.name, ep.value, name, version, _source_of(ep.value))
+
+
+@cache
+def _named(distribution: Distribution) -> tuple[str, str]:
+    """Name and version. Each parses the whole metadata file, README included, so they are read once."""
+    return distribution.name, distribution.version
 
 
 @cache
