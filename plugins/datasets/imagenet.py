@@ -9,6 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 
 from sslbench.data.encoded import FileSource
 from sslbench.data.filesets import FileDataset, NormalizedOptions, RootOptions, find_base
@@ -91,7 +92,7 @@ class ImageNet(FileDataset):
             paths = paths.select(self._chosen(paths, subset))
         return FileSource(paths, torch.from_numpy(paths.numbered(self._classes)))
 
-    def _chosen(self, paths: PathTable, subset: str) -> np.ndarray:
+    def _chosen(self, paths: PathTable, subset: str) -> NDArray[np.int64]:
         if subset in PERCENT:
             return balanced_subset(paths, paths.numbered(self._classes), self._classes, PERCENT[subset])
         return listed_subset(paths, Path(subset).expanduser())
@@ -108,7 +109,7 @@ class ImageNet(FileDataset):
         return FileSource(paths, labels)
 
 
-def _numbers(labels: Sequence[str], classes: Sequence[str]) -> np.ndarray:
+def _numbers(labels: Sequence[str], classes: Sequence[str]) -> NDArray[np.int64]:
     numbers = {label: number for number, label in enumerate(classes)}
     unknown = sorted(set(labels) - numbers.keys())
     if unknown:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -16,7 +15,9 @@ from sslbench.errors import DataError
 _NAMED = 5
 
 
-def balanced_subset(paths: PathTable, targets: NDArray[np.int64], classes: Sequence[str], percent: int) -> Any:
+def balanced_subset(
+    paths: PathTable, targets: NDArray[np.int64], classes: Sequence[str], percent: int
+) -> NDArray[np.int64]:
     """Choose a percentage of the images, nearly the same number of each class, by a hash of their names.
 
     The whole choice has ``N * percent // 100`` images (12,811 and 128,116 of ImageNet's 1,281,167, as the lists
@@ -57,7 +58,7 @@ def _names(paths: PathTable) -> Iterator[str]:
     return (f"{tops[folder]}/{name}" for folder, name in zip(paths.folder, paths.basenames(), strict=True))
 
 
-def listed_subset(paths: PathTable, file: Path) -> Any:
+def listed_subset(paths: PathTable, file: Path) -> NDArray[np.int64]:
     """Choose the images that a file names, one ``CLASS_REST`` a line, in folders named ``CLASS``.
 
     Returns:
