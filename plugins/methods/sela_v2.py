@@ -57,8 +57,7 @@ class SeLaV2(Clustering):
 
     def after_step(self, progress: Progress) -> None:
         if self.cfg.normalize_prototypes:
-            for prototypes in self.prototypes:
-                prototypes.normalize()
+            self.normalize_prototypes()
 
 
 @hookimpl

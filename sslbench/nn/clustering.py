@@ -87,10 +87,8 @@ class Clustering(PrototypeMethod):
         assigned = torch.stack([embeddings[number] for number in self.cfg.assign])
         self.bank.store(batch.index, assigned, batch.step // self.steps_per_epoch)
         labels = self.assignments[:, batch.index].repeat(1, len(embeddings))
-        losses = [
-            self._cross_entropy(prototypes(embeddings.flatten(0, 1)), own)
-            for prototypes, own in zip(self.prototypes, labels, strict=True)
-        ]
+        scores = self.score(embeddings.flatten(0, 1))
+        losses = [self._cross_entropy(*pair) for pair in zip(scores, labels, strict=True)]
         return {"loss": torch.stack(losses).mean(), "clusters_used": self.clusters_used.mean()}
 
     def _cross_entropy(self, scores: Tensor, labels: Tensor) -> Tensor:
