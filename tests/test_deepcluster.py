@@ -32,7 +32,7 @@ from sslbench.data.loader import TrainLoader
 from sslbench.data.sources import ArraySource
 from sslbench.data.store import open_store
 from sslbench.data.views import ViewExecutor
-from sslbench.errors import ConfigError
+from sslbench.errors import ConfigError, DivergedError
 from sslbench.plugin.api import Batch, Build, ViewSpec
 
 CPU = torch.device("cpu")
@@ -268,6 +268,14 @@ def test_wrong_options_are_named(options):
 def test_more_clusters_than_images():
     with pytest.raises(ConfigError, match=r"method.clusters=121 exceeds the 120 training images"):
         method(clusters=121)
+
+
+def test_features_that_are_not_finite_end_the_run_with_advice():
+    made = method()
+    with torch.no_grad():
+        made.backbone.layers[3].bias.fill_(torch.nan)
+    with pytest.raises(DivergedError, match="not finite"):
+        cluster(made)
 
 
 def test_importing_the_plugin_does_not_import_scikit_learn():

@@ -9,7 +9,8 @@ NeurIPS 2020). That code clusters augmented images (``features: augmented``) and
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, ClassVar, Literal
+from collections.abc import Iterator
+from typing import Any, ClassVar, Literal
 
 import torch
 import torch.nn.functional as F
@@ -18,14 +19,11 @@ from torch import Tensor, nn
 
 from sslbench import comm
 from sslbench.config.options import Options
-from sslbench.errors import ConfigError
+from sslbench.errors import ConfigError, DivergedError
 from sslbench.nn.heads import mlp
 from sslbench.nn.losses import no_autocast
 from sslbench.plugin.api import Batch, Build, Method, MethodConfig, TrainingImages, ViewSpec
 from sslbench.plugin.hooks import hookimpl
-
-if TYPE_CHECKING:
-    from collections.abc import Iterator
 
 _WIDE = 512
 """Features of this width or more lose half of their dimensions in the whitening."""
@@ -99,11 +97,13 @@ class DeepCluster(Method):
         self._forget_clusters()
         seed = int(torch.randint(2**31 - 1, ()))
         features, index = self._features(epoch, images)
-        found = torch.zeros(len(index), dtype=torch.int64, device=index.device)
+        if not features.isfinite().all():
+            raise DivergedError("the features to cluster are not finite", hint="start again with a lower optim.lr")
+        found = torch.zeros_like(index)
         if comm.rank() == 0:
             found.copy_(self._cluster(features, seed))
         self.labels[index] = comm.broadcast(found)
-        self.class_weights.copy_(class_weights(self.labels, self.cfg.clusters, self.cfg.weights))
+        self.class_weights.copy_(class_weights(found, self.cfg.clusters, self.cfg.weights))
 
     def _forget_clusters(self) -> None:
         last = self.head[-1]
@@ -159,8 +159,7 @@ def whiten(features: Tensor, dims: int) -> Tensor:
     variance, directions = torch.linalg.eigh(centred.T @ centred / (len(centred) - 1))
     variance, directions = variance[-dims:], directions[:, -dims:]
     scale = torch.where(variance > 1e-9 * variance[-1], variance, torch.inf).rsqrt()
-    whitened: Tensor = centred @ (directions * scale)
-    return whitened.float()
+    return Tensor.float(centred @ (directions * scale))
 
 
 def class_weights(labels: Tensor, clusters: int, kind: str) -> Tensor:
