@@ -8,11 +8,16 @@ import pytest
 import torch
 from datasets_kit import DECODER_WARNING, write_image
 from faults_kit import METHOD, Command, command
+from sslbench_plugins.backbones.conv4 import Conv4
+from sslbench_plugins.datasets.digits import Digits, DigitsOptions
 from sslbench_plugins.datasets.voc import CLASSES, Voc2007, Voc2012
 
+from sslbench.config.schema import DataOptions
 from sslbench.data.downloads import DownloadOptions
 from sslbench.data.splits import eval_split
-from sslbench.errors import DataError
+from sslbench.errors import ConfigError, DataError
+from sslbench.evaluation.job import EvaluationJob
+from sslbench.plugin.api import Dataset, EvalProtocol, Job, Options
 
 __all__ = ["command"]
 
@@ -94,6 +99,32 @@ def test_several_labels_cannot_be_carved(tmp_path):
 
     with pytest.raises(DataError, match="several labels per image, so no validation images can be carved"):
         eval_split(Bare(DownloadOptions(root=tmp_path)), "val", 0.1)
+
+
+class Several(EvalProtocol):
+    name, version, primary = "several", 1, "n"
+    metrics = {"n": "max"}  # noqa: RUF012
+    splits = frozenset({"trainval"})
+    tasks = frozenset({"multilabel"})
+
+    def run(self, job: Job) -> dict[str, float]:
+        return {"n": float(len(job.features("trainval").labels))}
+
+
+def _job(protocol: EvalProtocol, dataset: Dataset, run_dir: Path) -> EvaluationJob:
+    options = {"image_size": 16, "data": DataOptions(workers=0), "seed": 1, "run_dir": run_dir}
+    return EvaluationJob(protocol, Conv4(Conv4.Config(), 16), dataset, device=torch.device("cpu"), **options)
+
+
+def test_a_protocol_for_several_labels_gets_all_of_them(tmp_path):
+    _voc(tmp_path)
+    dataset = Voc2007(DownloadOptions(root=tmp_path))
+    table = _job(Several(Options()), dataset, tmp_path).features("trainval")
+    assert table.labels.shape == (12, 20)
+    assert torch.equal(table.labels, eval_split(dataset, "trainval", 0.1)[0].targets)
+    refusal = "data set 'digits' has one label per image; protocol 'several' takes several labels per image"
+    with pytest.raises(ConfigError, match=refusal):
+        _job(Several(Options()), Digits(DigitsOptions()), tmp_path)
 
 
 def test_pretraining_works_and_single_label_protocols_stay_out(command: Command) -> None:
