@@ -24,7 +24,7 @@ def with_random_bank(**options: object) -> SeLaV2:
 
 
 def test_labels_are_the_sinkhorn_codes_of_the_heads_bank() -> None:
-    method = with_random_bank(sinkhorn_iterations=7, sinkhorn_tolerance=None)
+    method = with_random_bank(epsilon=0.05, sinkhorn_iterations=7, sinkhorn_tolerance=None)
     for head, bank in enumerate((0, 1, 0)):
         scores = method.bank.features[bank] @ method.prototypes[head].weight.T
         assert torch.equal(method.assignments[head], sinkhorn(scores, 0.05, 7).argmax(dim=1))
