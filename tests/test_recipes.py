@@ -166,6 +166,13 @@ def test_heads_of_the_clustering_methods(row: Row) -> None:
     assert composed(row.recipe).core.train.precision == "fp32"
 
 
+def test_labels_of_sela_are_the_methods_choice() -> None:
+    """Nobody published them, so recipe and method must not drift apart."""
+    chosen, default = options("sela_v2/imagenet-r50-400ep"), CATALOG.load("method", "sela_v2").Config()
+    names = ("epsilon", "sinkhorn_iterations", "sinkhorn_tolerance", "normalize_prototypes", "freeze_steps")
+    assert [getattr(chosen, name) for name in names] == [getattr(default, name) for name in names]
+
+
 @pytest.mark.parametrize("row", [*SWAV, *CLUSTERING], ids=lambda row: row.recipe)
 def test_linear_evaluation_of_swav(row: Row) -> None:
     linear: Any = composed(row.recipe).evals["linear"]
