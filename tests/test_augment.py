@@ -85,6 +85,17 @@ def test_resize_blur_equals_pil(factor, side):
     assert difference.abs().mean() < 0.5
 
 
+@pytest.mark.parametrize(("factor", "small"), [(1.1, 203), (1.2, 186), (1.5, 149)])
+def test_resize_blur_of_a_published_view(factor, small):
+    """224 pixels are shrunk to 203, 186 or 149."""
+    tile = photo_tiles(224, 224)[0]
+    bicubic = Image.Resampling.BICUBIC
+    twice = from_pil(to_pil(tile).resize((small, small), bicubic).resize((224, 224), bicubic))
+    difference = 255 * (augment.resize_blur(tile[None].float() / 255, factor)[0] - twice)
+    assert difference.abs().max() < 3
+    assert difference.abs().mean() < 0.5
+
+
 def test_normalize(images):
     mean, std = torch.tensor([0.485, 0.456, 0.406]), torch.tensor([0.229, 0.224, 0.225])
     expected = TF.normalize(images, mean.tolist(), std.tolist())

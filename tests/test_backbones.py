@@ -128,6 +128,19 @@ def test_initial_values_of_wide_resnets():
     assert (backbone.layer1[0].bn2.weight == 1).all()
 
 
+def test_conv4_pools_by_averages():
+    backbone = build("conv4").eval()
+    x = images = torch.randn(2, 3, 32, 32)
+    for number in range(1, 5):
+        block = getattr(backbone, f"block{number}")
+        convolution, norm = (next(m for m in block if isinstance(m, kind)) for kind in (nn.Conv2d, nn.BatchNorm2d))
+        assert (convolution.out_channels, convolution.bias) == (2 ** (2 + number), None)
+        x = norm(convolution(x)).relu()
+        if number < 4:
+            x = x.unflatten(2, (-1, 2)).unflatten(4, (-1, 2)).mean((3, 5))
+    torch.testing.assert_close(backbone(images).pooled, x.mean((2, 3)))
+
+
 def test_conv4_takes_eight_pixels():
     assert build("conv4", 8)(torch.randn(2, 3, 8, 8)).map.shape == (2, 64, 1, 1)
 

@@ -156,6 +156,7 @@ def slim_root(tmp_path_factory) -> Path:
 def test_slimagenet_is_cut_in_the_order_of_names(slim_root):
     dataset = SlimageNet64(RootOptions(root=slim_root))
     assert (dataset.info.classes, dataset.info.size) == (("n1", "n2"), 64)
+    assert (dataset.info.mean, dataset.info.std) == ((0.5,) * 3, (0.25,) * 3)
     train, test = dataset.split("train"), dataset.split("test")
     assert train.targets.bincount().tolist() == [160, 160]
     assert test.targets.bincount().tolist() == [40, 40]

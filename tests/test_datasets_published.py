@@ -185,6 +185,17 @@ def test_stl10_splits_and_orientation(stl10_root):
     assert dataset.split("test").image_sizes().tolist() == [[96, 96]] * 10
 
 
+def test_statistics_are_those_of_relational_reasoning(cifar10_root, cifar100_root, stl10_root):
+    published = {
+        Cifar10(DownloadOptions(root=cifar10_root)): ((0.491, 0.482, 0.447), (0.247, 0.243, 0.262)),
+        Cifar100(DownloadOptions(root=cifar100_root)): ((0.507, 0.487, 0.441), (0.267, 0.256, 0.276)),
+        SuperCifar100(DownloadOptions(root=cifar100_root)): ((0.507, 0.487, 0.441), (0.267, 0.256, 0.276)),
+        Stl10(DownloadOptions(root=stl10_root)): ((0.5,) * 3, (0.5,) * 3),
+    }
+    for dataset, statistics in published.items():
+        assert (dataset.info.mean, dataset.info.std) == statistics
+
+
 def test_stl10_fingerprint_and_damage(stl10_root):
     first = Stl10(DownloadOptions(root=stl10_root)).fingerprint()
     labels = stl10_root / "stl10_binary" / "test_y.bin"

@@ -171,6 +171,11 @@ def test_class_weights():
     assert class_weights(labels, 4, "none").tolist() == [1, 1, 1, 1]
 
 
+def test_the_published_class_weights_hardly_weigh():
+    labels = torch.arange(500) % 100
+    assert class_weights(labels, 100, "complement").tolist() == pytest.approx([0.99] * 100)
+
+
 def test_the_loss_is_the_weighted_cross_entropy_of_the_samples_clusters():
     made = method().eval()
     cluster(made)

@@ -73,6 +73,12 @@ def test_byol_distance_value() -> None:
     assert float(distances.sum()) == pytest.approx(2.58579, abs=1e-5)
 
 
+def test_loss_in_both_directions_lies_between_zero_and_eight() -> None:
+    rows = torch.randn(5, 3)
+    for sign, expected in ((2.0, 0.0), (-2.0, 4.0)):
+        torch.testing.assert_close(byol_distance(rows, sign * rows), torch.full((5,), expected), atol=1e-5, rtol=0)
+
+
 def test_byol_distance_sends_no_gradient_to_the_target() -> None:
     prediction, target = torch.randn(4, 3, requires_grad=True), torch.randn(4, 3, requires_grad=True)
     byol_distance(prediction, target).sum().backward()

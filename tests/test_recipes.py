@@ -266,12 +266,8 @@ def test_linear_evaluation_of_relational_reasoning(name: str) -> None:
     linear: Any = composed(name).evals["linear"]
     epochs = 10 if name.endswith("notebook") else 100
     assert (linear.optimizer, linear.lrs, linear.lr_per) == ("adam", (1e-3,), None)
-    assert (linear.epochs, linear.train_batch, linear.schedule, linear.weight_decay) == (
-        epochs,
-        128,
-        "constant",
-        0,
-    )
+    assert (linear.epochs, linear.train_batch) == (epochs, 128)
+    assert (linear.schedule, linear.weight_decay) == ("constant", 0)
     assert (linear.augment, linear.normalize, linear.init) == ("none", "none", "uniform")
 
 
@@ -317,6 +313,32 @@ def test_deepcluster_has_ten_clusters_per_class_and_a_faithful_twin(
     cls = CATALOG.load("dataset", composed(name).dataset.name)
     if dataset.startswith("cifar"):  # the others know their statistics only with their files
         assert (shipped.garble.mean, shipped.garble.std) == (cls.mean, cls.std)
+    assert (mended.hidden, mended.restarts, mended.iterations) == (256, 5, 30)
+
+
+@pytest.mark.parametrize(("dataset", "padding"), [("cifar10", 4), ("tiny-imagenet", 8), ("stl10", 12)])
+def test_weak_views_of_the_baselines(dataset: str, padding: int) -> None:
+    """Zero padding, a random crop and a flip; for Deep InfoMax the flip alone."""
+    run = "resnet34-300ep" if dataset == "stl10" else "resnet32-200ep"
+    side = {"cifar10": 32, "tiny-imagenet": 64, "stl10": 96}[dataset]
+    for method in ("rotationnet", "deepcluster", "supervised"):
+        (view,) = options(f"{method}/{dataset}-{run}").views
+        assert (view.crop, view.padding * side, view.flip) == ("padded", padding, 0.5)
+        assert (view.jitter, view.gray) == (None, 0)
+    (view,) = options(f"deepinfomax/{dataset}-{run}").views
+    assert (view.crop, view.flip, view.jitter, view.gray) == ("none", 0.5, None, 0)
+
+
+def test_head_and_loss_of_the_simclr_baseline() -> None:
+    method = options("simclr/cifar10-resnet32-200ep")
+    assert (method.hidden, method.out_dim, method.activation) == (256, 64, "leaky-relu")
+    assert (method.temperature, method.loss) == (0.5, "log-mean")
+    assert views("simclr/cifar10-resnet32-200ep") == [(2, None, (0.08, 1.0))]
+
+
+def test_schedule_of_the_supervised_bound() -> None:
+    optim = composed("supervised/stl10-resnet34-300ep").core.optim
+    assert (optim.momentum, optim.milestones, optim.gamma, optim.advance) == (0.9, (0.5, 0.75), 0.1, "epoch")
 
 
 def test_deep_infomax_sees_all_cells() -> None:
@@ -345,3 +367,27 @@ def test_configurations_of_scrl(
     linear: Any = run.evals["linear"]
     assert (linear.lrs, linear.optimizer, linear.epochs, linear.warmup_epochs) == ((linear_rate,), "lars", 80, 5)
     assert run.dataset.name == "imagenet"
+    assert (linear.train_batch, linear.momentum, linear.weight_decay, linear.nesterov) == (4096, 0.9, 0, True)
+    assert linear.lrs[0] * 4096 / 256 == pytest.approx(0.8 if name.startswith("byol") else 3.2)
+
+
+@pytest.mark.parametrize("name", [row[0] for row in SCRL])
+@pytest.mark.parametrize("suffix", ["", "-shipped"])
+def test_views_and_mistakes_of_scrl(name: str, suffix: str) -> None:
+    run, method = composed(name + suffix), options(name + suffix)
+    assert views(name) == [(1, 224, (0.2, 1.0))] * 2
+    assert [(view.blur.p, view.solarize) for view in method.views] == [(1.0, 0.0), (0.1, 0.2)]
+    for view in method.views:
+        jitter, blur = view.jitter, view.blur
+        strengths = (jitter.p, jitter.brightness, jitter.contrast, jitter.saturation, jitter.hue)
+        assert strengths == (0.8, 0.4, 0.4, 0.2, 0.1)
+        assert (blur.kind, blur.factors) == ("resize", (1.1, 1.2, 1.5))
+        assert (view.interpolation, view.flip, view.gray) == ("bicubic", 0.5, 0.2)
+    assert (run.core.train.batch_size, run.core.optim.momentum, run.core.optim.nesterov) == (8192, 0.9, False)
+    assert (run.core.optim.lars_norm, run.core.optim.trust) == ("separate", 1e-3)
+    assert run.core.optim.exclude == ("bn-bias-names" if suffix else "1d")
+    assert (method.hidden, method.out_dim, method.target_init) == (4096, 256, "independent")
+    if name.startswith("scrl"):
+        boxes = method.boxes
+        assert (boxes.per_image, boxes.mode, boxes.min_size, boxes.tries) == (10, "grid", 32, 50)
+        assert (boxes.iou_threshold, boxes.jitter, method.aligned) == (0.5, 0, not suffix)

@@ -157,6 +157,21 @@ def test_one_backbone_pass_per_resolution_and_one_head_pass() -> None:
     }
 
 
+def test_small_views_have_the_larger_part_of_running_statistics() -> None:
+    """Large views read 0 and small ones 1; the mean settles at 0.1 / (1 - 0.9^2) = 52.6 %."""
+    method = made(views=MULTI_CROP)
+    stem, norm = method.backbone.layers[0], method.backbone.layers[1]
+    nn.init.constant_(stem.weight, 1 / stem.weight[0].numel())
+    nn.init.zeros_(stem.bias)
+    data = many_crops()
+    for number, view in enumerate(data.views):
+        view.images.fill_(float(number >= 2))
+    with torch.no_grad():
+        for _ in range(50):
+            method.embed(data)
+    torch.testing.assert_close(norm.running_mean, torch.full((8,), 0.526316), rtol=0, atol=1e-4)
+
+
 def test_published_head() -> None:
     def count(**options: object) -> tuple[int, int]:
         method = SwAV(SwAVConfig(**options), Build(WideBackbone, 8, 100, 50, 10))
@@ -237,6 +252,16 @@ def test_queue_starts_with_its_epoch(epoch, first) -> None:
     assert not method.queue["embeddings"].any()
     method(batch(step=first))
     assert method.queue["embeddings"].any()
+
+
+@pytest.mark.parametrize(
+    ("length", "size", "epoch", "steps", "first"), [(3840, 256, 15, 5004, 15 * 5004 + 15), (2560, 2560, 0, 500, 1)]
+)
+def test_first_use_of_the_published_queues(length, size, epoch, steps, first) -> None:
+    build = Build(TinyBackbone, size, 1_281_167, 400 * steps, steps)
+    method = SwAV(SwAVConfig(prototypes=12, queue=length, queue_from_epoch=epoch), build)
+    assert (method.first_push, method.first_use) == (epoch * steps, first)
+    assert method.queue.length == length
 
 
 def test_queued_rows_shape_the_codes_by_their_own_view_and_todays_prototypes() -> None:
