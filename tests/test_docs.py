@@ -154,3 +154,15 @@ def test_links_lead_somewhere() -> None:
 def _anchors(page: Path) -> set[str]:
     titles = re.findall(r"^#+ (.+)$", page.read_text(encoding="utf-8"), re.MULTILINE)
     return {re.sub(r"[^\w\- ]", "", title.lower()).replace(" ", "-") for title in titles}
+
+
+def test_named_tests_exist() -> None:
+    """A name without a file is of the file before it."""
+    count = 0
+    for page in PAGES:
+        file = ""
+        for named, test in re.findall(r"`(test_\w+\.py)?::(test_\w+)`", page.read_text(encoding="utf-8")):
+            file = named or file
+            assert f"def {test}(" in (ROOT / "tests" / file).read_text(encoding="utf-8"), f"{file}::{test}"
+            count += 1
+    assert count > 100
