@@ -86,7 +86,8 @@ class _AllSum(torch.autograd.Function):
 
 
 def _row_counts(rows: Tensor) -> list[int]:
-    count = torch.tensor([rows.shape[0]], device=rows.device)
+    # On the host, because a count on the device would be read by waiting for all its work.
+    count = torch.tensor([rows.shape[0]])
     counts = [torch.zeros_like(count) for _ in range(world())]
     dist.all_gather(counts, count)
     return [int(c) for c in counts]

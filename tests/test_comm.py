@@ -79,6 +79,7 @@ def other_facts() -> dict[str, Any]:
         "world": comm.world(),
         "active": comm.is_active(),
         "offset": comm.row_offset(mine),
+        "offset on a device without collectives": comm.row_offset(mine.to("meta")),
         "gathered": comm.gather(mine),
         "integers": comm.gather(torch.tensor([comm.rank()])),
         "strided": comm.gather(torch.arange(6).reshape(2, 3).T + 10 * comm.rank()),
@@ -123,7 +124,7 @@ def test_two_ranks_give_the_loss_and_gradient_of_one(ranks, loss, share):
 def test_collectives_without_gradients(ranks):
     for number, facts in enumerate(rank["facts"] for rank in ranks):
         assert (facts["rank"], facts["world"], facts["active"]) == (number, 2, True)
-        assert facts["offset"] == number
+        assert facts["offset"] == facts["offset on a device without collectives"] == number
         assert facts["gathered"].tolist() == [[0.0, 0.0], [1.0, 1.0], [1.0, 1.0]]
         assert facts["integers"].tolist() == [0, 1]
         assert facts["strided"].tolist() == [[0, 3], [1, 4], [2, 5], [10, 13], [11, 14], [12, 15]]
