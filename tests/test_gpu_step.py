@@ -19,6 +19,19 @@ from sslbench.plugin.catalog import Catalog
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
 
 
+METHODS = [
+    "simclr",
+    "byol",
+    "supervised",
+    "moco",
+    "swav",
+    "relationnet",
+    "rotationnet",
+    "deepinfomax",
+    "deepcluster",
+]
+
+
 @pytest.fixture
 def _waiting_is_an_error() -> Iterator[None]:
     yield
@@ -26,7 +39,7 @@ def _waiting_is_an_error() -> Iterator[None]:
 
 
 @pytest.mark.usefixtures("_waiting_is_an_error")
-@pytest.mark.parametrize("method", ["simclr", "byol", "supervised"])
+@pytest.mark.parametrize("method", METHODS)
 def test_a_step_never_waits_for_the_device(method: str) -> None:
     items = [f"method.name={method}", "backbone.name=conv4", "dataset.name=digits", "train.batch_size=64"]
     registry = load_registry(find_registry(Path(__file__).parents[1] / "registry.yaml"))

@@ -178,8 +178,9 @@ def garble(images: Tensor, options: Garble, batch: Batch) -> Tensor:
     -1.0 becomes the colour 1 of 255 and 1.5 becomes 126; fractions of a colour are cut off.
     """
     wrapped = (images.float() * 255).int().remainder(256).float() / 255
-    mean, std = (wrapped.new_tensor(values)[:, None, None] for values in (options.mean, options.std))
-    return (_crop_and_flip(wrapped, options.padding, batch.uniform(3)) - mean) / std
+    channels = _crop_and_flip(wrapped, options.padding, batch.uniform(3)).unbind(1)
+    statistics = zip(channels, options.mean, options.std, strict=True)
+    return torch.stack([(channel - mean) / std for channel, mean, std in statistics], dim=1)
 
 
 def _crop_and_flip(images: Tensor, padding: float, draws: Tensor) -> Tensor:

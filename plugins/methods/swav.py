@@ -74,7 +74,7 @@ class SwAV(PrototypeMethod):
         self.normalize_prototypes()
         embeddings = self.embed(batch)
         (scores,) = self.score(embeddings)
-        assigned = embeddings.detach()[list(self.cfg.assign)].transpose(0, 1)
+        assigned = torch.stack([embeddings[view] for view in self.cfg.assign], dim=1).detach()
         stored = self._stored(batch.step, assigned)
         codes = {view: self._codes(scores[view], stored[:, i]) for i, view in enumerate(self.cfg.assign)}
         if self.queue and batch.step >= self.first_push:
