@@ -163,5 +163,7 @@ def test_wrong_options_are_explained() -> None:
     assert error.value.hint == "method.prototypes=[4]"
     with pytest.raises(ValidationError, match="prototypes"):
         make(DeepClusterV2, prototypes=())
+    with pytest.raises(ValidationError, match="greater than or equal to 2"):
+        make(DeepClusterV2, prototypes=(5, 1))
     with pytest.raises(ValidationError, match="assign"):
         make(DeepClusterV2, assign=(0, 3))

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
-from sslbench.nn.sinkhorn import hard_codes, sinkhorn
+from sslbench.nn.sinkhorn import SMALLEST_EPSILON, hard_codes, sinkhorn
 
 SCORES = torch.tensor(
     [
@@ -90,3 +93,40 @@ def test_hard_codes_mark_the_largest() -> None:
     assert hard.dtype == CODES.dtype
     assert torch.equal(hard.argmax(1), CODES.argmax(1))
     assert torch.equal(hard.sum(1), torch.ones(6))
+
+
+class Copies(TorchDispatchMode):
+    """Bytes of the full-size tensors that operations make."""
+
+    def __init__(self, entries: int) -> None:
+        super().__init__()
+        self.entries, self.made = entries, 0
+
+    def __torch_dispatch__(self, operation: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = operation(*args, **(kwargs or {}))
+        if isinstance(result, Tensor) and result.numel() >= self.entries and not operation._schema.is_mutable:
+            self.made += result.numel() * result.element_size()
+        return result
+
+
+@pytest.mark.parametrize(("epsilon", "bytes_per_entry"), [(0.05, 4), (0.01, 8 + 4)])
+def test_scores_of_a_whole_data_set_are_copied_once(epsilon, bytes_per_entry) -> None:
+    """In float64, and once more as the fp32 result."""
+    scores = torch.rand(64, 10)
+    with Copies(scores.numel()) as copies:
+        sinkhorn(scores, epsilon, 3)
+    assert copies.made == bytes_per_entry * scores.numel()
+
+
+def test_scores_stay_as_they_are() -> None:
+    for scores in (SCORES.clone(), SCORES.double()):
+        before = scores.clone()
+        sinkhorn(scores, 0.05, 3)
+        assert torch.equal(scores, before)
+
+
+def test_no_code_is_lost_at_the_smallest_epsilon() -> None:
+    """Not even that of a sample opposite to all prototypes."""
+    scores = torch.tensor([[1.0, 0.9], [-1.0, -0.999]])
+    codes = sinkhorn(scores, SMALLEST_EPSILON, 3)
+    torch.testing.assert_close(codes.sum(1), torch.ones(2))

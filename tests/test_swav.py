@@ -311,6 +311,7 @@ def test_a_queue_below_one_batch_is_refused() -> None:
         ({"assign": (0, 0)}, "assign names a view twice"),
         ({"assign": ()}, "at least 1 item"),
         ({"views": (ViewSpec(),), "assign": (0,)}, "at least two views"),
+        ({"epsilon": 0.002}, "greater than or equal to 0.003"),
     ],
 )
 def test_wrong_options_are_explained(options, message) -> None:

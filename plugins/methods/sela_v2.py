@@ -16,7 +16,7 @@ from torch import Tensor
 
 from sslbench.nn.clustering import Clustering, ClusteringConfig
 from sslbench.nn.prototypes import Prototypes
-from sslbench.nn.sinkhorn import sinkhorn
+from sslbench.nn.sinkhorn import SMALLEST_EPSILON, sinkhorn
 from sslbench.plugin.api import Method, Progress
 from sslbench.plugin.hooks import hookimpl
 
@@ -24,7 +24,7 @@ from sslbench.plugin.hooks import hookimpl
 class SeLaV2Config(ClusteringConfig):
     """Options of SeLa-v2."""
 
-    epsilon: float = Field(0.01, gt=0)
+    epsilon: float = Field(0.01, ge=SMALLEST_EPSILON)
     """Entropy of the label assignment, in units of cosines; smaller is sharper. Unpublished: our choice. SwAV's
     0.05 balances soft codes only: on 5000 images of CIFAR-10 it left 5 of 100 prototypes without a hard label and
     gave another 111; at 0.01 each had 27 to 63. The first SeLa raised softmax probabilities to the power of 25:

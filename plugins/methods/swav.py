@@ -24,7 +24,7 @@ from sslbench.errors import ConfigError
 from sslbench.nn.losses import no_autocast
 from sslbench.nn.prototypes import PrototypeConfig, PrototypeMethod
 from sslbench.nn.queue import FeatureQueue
-from sslbench.nn.sinkhorn import hard_codes, sinkhorn
+from sslbench.nn.sinkhorn import SMALLEST_EPSILON, hard_codes, sinkhorn
 from sslbench.plugin.api import Batch, Build, Jitter, Method, ViewSpec
 from sslbench.plugin.hooks import hookimpl
 
@@ -37,7 +37,7 @@ class SwAVConfig(PrototypeConfig):
     colour strength and blur (jitter 0.8, hue 0.2, blur 0.5)."""
     prototypes: int = Field(100, ge=2)
     """Number of prototypes; about ten times the expected classes (paper: 3000 for ImageNet)."""
-    epsilon: float = Field(0.03, gt=0)
+    epsilon: float = Field(0.03, ge=SMALLEST_EPSILON)
     """Weight of the codes' entropy; smaller is sharper and safer from collapse (paper: 0.05)."""
     sinkhorn_iterations: int = Field(3, ge=1)
     """Rounds of Sinkhorn-Knopp."""

@@ -53,7 +53,7 @@ class TrainOptions(Options):
     precision: Literal["auto", "fp32", "bf16"] = "auto"
     """`auto`: bf16 autocast on CUDA devices that support it, fp32 elsewhere."""
     compile: bool = False
-    """Compile the method with torch.compile."""
+    """Compile the method's backbones with torch.compile."""
     channels_last: bool | None = None
     """Memory layout of images and weights; unset: channels-last on CUDA only."""
     clip_grad: float | None = Field(None, gt=0)

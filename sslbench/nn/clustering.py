@@ -9,7 +9,7 @@ from __future__ import annotations
 from abc import abstractmethod
 from collections.abc import Iterable
 from dataclasses import replace
-from typing import Any, ClassVar
+from typing import Annotated, Any, ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -31,7 +31,7 @@ class ClusteringConfig(PrototypeConfig):
 
     views: tuple[ViewSpec, ...] = (ViewSpec(count=2, scale=(0.2, 1.0), jitter=Jitter(), gray=0.2),)
     """Views of any sizes; those of one size follow each other."""
-    prototypes: tuple[int, ...] = Field((100, 100, 100), min_length=1)
+    prototypes: tuple[Annotated[int, Field(ge=2)], ...] = Field((100, 100, 100), min_length=1)
     """Number of clusters of each head, each clustering the images anew (paper: three of 3000 on ImageNet; about
     ten times the number of classes on small data)."""
 
@@ -103,5 +103,5 @@ def _check_enough_images(counts: tuple[int, ...], build: Build) -> None:
     if max(counts) > seen:
         raise ConfigError(
             f"method.prototypes asks for {max(counts)} clusters of the {seen} images that an epoch sees",
-            hint=f"method.prototypes=[{max(1, seen // 10)}]",
+            hint=f"method.prototypes=[{max(2, seen // 10)}]",
         )

@@ -7,7 +7,6 @@ NeurIPS 2020, section 3.1 and appendix A.1).
 from __future__ import annotations
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from sslbench import comm
@@ -15,6 +14,9 @@ from sslbench.nn.losses import no_autocast
 
 _FP32_RANGE = 80.0
 """exp(-80) is still a normal fp32 number."""
+
+SMALLEST_EPSILON = 0.003
+"""For cosines: exp(-2 / 0.003) is still a normal float64, so no sample loses its code."""
 
 
 @torch.no_grad()
@@ -39,8 +41,9 @@ def sinkhorn(scores: Tensor, epsilon: float, iterations: int, *, tolerance: floa
     # Cosines divided by a small epsilon spread wider than the exponents of fp32 reach.
     inner = torch.float64 if 2 / epsilon > _FP32_RANGE else wanted
     with no_autocast(scores):
-        logits = scores.to(inner) / epsilon
-        codes = (logits - _global_maximum(logits)).exp_()
+        # In place: over a whole data set one copy takes gigabytes.
+        codes = scores.to(inner, copy=True).div_(epsilon)
+        codes.sub_(_global_maximum(codes)).exp_()
         for number in range(iterations):
             totals = comm.all_sum(codes.sum(dim=0))
             if tolerance is not None and number > 0 and _deviation(totals) <= tolerance:
@@ -52,12 +55,11 @@ def sinkhorn(scores: Tensor, epsilon: float, iterations: int, *, tolerance: floa
 
 def hard_codes(codes: Tensor) -> Tensor:
     """One-hot ``[B,K]`` of each row's largest entry."""
-    return F.one_hot(codes.argmax(dim=1), codes.shape[1]).to(codes.dtype)
+    return torch.zeros_like(codes).scatter_(1, codes.argmax(dim=1, keepdim=True), 1.0)
 
 
 def _global_maximum(logits: Tensor) -> Tensor:
-    lowest = logits.new_full((1,), -torch.inf)
-    return comm.all_max(torch.cat([logits.flatten(), lowest]).amax())
+    return comm.all_max(logits.amax() if logits.numel() else logits.new_full((), -torch.inf))
 
 
 def _deviation(totals: Tensor) -> float:
