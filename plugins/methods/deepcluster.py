@@ -113,6 +113,8 @@ class DeepCluster(Method):
 
     def _features(self, epoch: int, images: TrainingImages) -> tuple[Tensor, Tensor]:
         """Features ``[N,D]`` of all images in the order of their numbers ``[N]``, on every rank."""
+        for statistic in self.backbone.buffers():  # ranks that normalise their own rows only have different ones
+            comm.broadcast(statistic)
         training = self.backbone.training
         self.backbone.eval()
         pairs = [(self.backbone(shown).pooled.float(), index) for shown, index in self._shown(epoch, images)]
@@ -131,9 +133,9 @@ class DeepCluster(Method):
         # Imported here: listing or checking this plugin must not pay for scikit-learn.
         from sklearn.cluster import KMeans
 
-        cfg = self.cfg
         kept = features.shape[1] // 2 if features.shape[1] >= _WIDE else features.shape[1]
         rows = F.normalize(whiten(features, kept), dim=1).cpu().numpy()
+        cfg = self.cfg
         kmeans = KMeans(cfg.clusters, n_init=cfg.restarts, max_iter=cfg.iterations, random_state=seed)
         return torch.from_numpy(kmeans.fit_predict(rows)).long()
 
@@ -146,8 +148,7 @@ class DeepCluster(Method):
         with no_autocast(logits):
             losses = F.cross_entropy(logits.float(), labels, reduction="none")
             loss = comm.global_mean(losses, self.class_weights[labels])
-        correct = logits.detach().argmax(dim=1) == labels
-        return {"loss": loss, "cluster_top1": 100 * correct.float().mean()}
+        return {"loss": loss, "cluster_top1": 100 * (logits.detach().argmax(dim=1) == labels).float().mean()}
 
 
 def whiten(features: Tensor, dims: int) -> Tensor:
@@ -185,15 +186,13 @@ def garble(images: Tensor, options: Garble, batch: Batch) -> Tensor:
 
 def _crop_and_flip(images: Tensor, padding: float, draws: Tensor) -> Tensor:
     """A crop of each zero-padded image, at a random place, mirrored half of the time; ``draws`` is ``[B,3]``."""
-    side = images.shape[-1]
-    margin = round(padding * side)
+    side, margin = images.shape[-1], round(padding * images.shape[-1])
     y, x = (draws[:, :2] * (2 * margin + 1)).long().unbind(1)
     cells = torch.arange(side, device=images.device)
     columns = torch.where(draws[:, 2:] < 0.5, cells.flip(0), cells) + x[:, None]
-    rows = cells + y[:, None]
     padded = F.pad(images, [margin] * 4)
     image = torch.arange(len(images), device=images.device)
-    return padded[image[:, None, None], :, rows[:, :, None], columns[:, None, :]].permute(0, 3, 1, 2)
+    return padded[image[:, None, None], :, (cells + y[:, None])[:, :, None], columns[:, None, :]].permute(0, 3, 1, 2)
 
 
 @hookimpl
