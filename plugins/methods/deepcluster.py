@@ -191,8 +191,8 @@ def _crop_and_flip(images: Tensor, padding: float, draws: Tensor) -> Tensor:
     cells = torch.arange(side, device=images.device)
     columns = torch.where(draws[:, 2:] < 0.5, cells.flip(0), cells) + x[:, None]
     padded = F.pad(images, [margin] * 4)
-    image = torch.arange(len(images), device=images.device)
-    return padded[image[:, None, None], :, (cells + y[:, None])[:, :, None], columns[:, None, :]].permute(0, 3, 1, 2)
+    image, rows = torch.arange(len(images), device=images.device)[:, None, None], cells + y[:, None]
+    return padded[image, :, rows[:, :, None], columns[:, None, :]].permute(0, 3, 1, 2)
 
 
 @hookimpl
