@@ -122,9 +122,11 @@ def test_cached_features_equal_computed_ones_and_follow_everything_they_depend_o
     assert torch.equal(features(1), fresh)
     assert torch.equal(features(1, options=EvalOptions(batch_size=100)), fresh)
     assert not torch.equal(features(2, backbone=make_backbone(seed=5)), fresh)
-    assert not torch.equal(features(3, options=EvalOptions(size=24)), fresh)
+    larger = features(3, options=EvalOptions(size=24))
+    assert not torch.equal(larger, fresh)
     assert not torch.equal(features(4, options=EvalOptions(center=0.5)), fresh)
-    assert features(5, dataset=Mnist5k(Mnist5k.Config())).shape == (400, 64)
+    assert not torch.equal(features(5, options=EvalOptions(size=24, interpolation="bilinear")), larger)
+    assert features(6, dataset=Mnist5k(Mnist5k.Config())).shape == (400, 64)
 
 
 @pytest.mark.parametrize("damage", ["cut", "flip", "empty"])

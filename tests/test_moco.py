@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from sslbench.errors import ConfigError
 from sslbench.nn.contrast import QueueContrast, nearest
 from sslbench.nn.shuffle import encode_shuffled
-from sslbench.nn.split_norm import SplitBatchNorm, refuse_sync_bn, split_batch_norm
+from sslbench.nn.split_norm import SplitBatchNorm, check_statistics, split_batch_norm
 from sslbench.plugin.api import Batch, Build, Method, Progress
 
 TWO = [{"count": 2}]
@@ -403,8 +403,9 @@ def test_a_query_and_a_key_are_needed(views) -> None:
 def test_statistics_over_all_gpus_exclude_groups() -> None:
     network = nn.SyncBatchNorm.convert_sync_batchnorm(moco_method())
     with pytest.raises(ConfigError, match=r"train\.sync_bn=true .* method\.bn_groups=2"):
-        refuse_sync_bn(network, 2)
-    refuse_sync_bn(network, 1)
+        check_statistics(network, 2)
+    check_statistics(network, 1)
+    check_statistics(moco_method(), 1)
     assert moco.MoCo.defaults["train"] == {"sync_bn": False}
 
 

@@ -180,6 +180,7 @@ def test_linear_evaluation_of_swav(row: Row) -> None:
     assert (linear.momentum, linear.weight_decay, linear.nesterov, linear.epochs) == (0.9, 1e-6, False, 100)
     assert (linear.schedule, linear.advance, linear.warmup_epochs, linear.init) == ("cosine", "epoch", 0, "normal")
     assert (linear.augment, linear.normalize, linear.size, linear.center) == ("crop-flip", "none", 224, 0.875)
+    assert linear.interpolation == composed(row.recipe).evals["test"].interpolation == "bilinear"
 
 
 MOCO = [  # recipe, epochs, key momentum, warm-up, weight of the neighbours, order

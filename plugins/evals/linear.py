@@ -26,7 +26,6 @@ EpochBatches = Callable[[int], Iterator[tuple[Tensor, Tensor]]]
 """From an epoch to its batches of scaled features ``[B,D]`` and labels ``[B]``, equal on all ranks."""
 
 CURVE_POINTS = 20
-AUGMENTED = ViewSpec(scale=(0.08, 1.0), flip=0.5)
 ADAM_BETAS = (0.9, 0.999)
 ADAM_EPSILON = 1e-8
 
@@ -319,7 +318,8 @@ class Linear(EvalProtocol):
         if self.cfg.augment == "none":
             batches, steps = _resident_batches(job, table, scaling, batch), math.ceil(len(table.labels) / batch)
         else:
-            batches, steps = _streamed_batches(job, split, scaling, batch), len(table.labels) // batch
+            view = ViewSpec(scale=(0.08, 1.0), flip=0.5, interpolation=self.cfg.interpolation)
+            batches, steps = _streamed_batches(job, split, scaling, batch, view), len(table.labels) // batch
         train(heads, batches, steps, after_epoch)
         return heads
 
@@ -335,11 +335,11 @@ def _resident_batches(job: Job, table: FeatureTable, scaling: FeatureScaling, ba
     return epoch_batches
 
 
-def _streamed_batches(job: Job, split: str, scaling: FeatureScaling, batch: int) -> EpochBatches:
+def _streamed_batches(job: Job, split: str, scaling: FeatureScaling, batch: int, view: ViewSpec) -> EpochBatches:
     """Features of augmented images. Ranks share the forward passes and then see the whole batch."""
 
     def epoch_batches(epoch: int) -> Iterator[tuple[Tensor, Tensor]]:
-        for augmented, labels in job.batches(split, [AUGMENTED], batch, epoch):
+        for augmented, labels in job.batches(split, [view], batch, epoch):
             with torch.no_grad():
                 features = job.backbone()(augmented.views[0].images).pooled.float()
             yield scaling(comm.gather(features)), comm.gather(labels)

@@ -28,7 +28,7 @@ from sslbench.nn.heads import mlp
 from sslbench.nn.losses import no_autocast
 from sslbench.nn.queue import FeatureQueue, default_length
 from sslbench.nn.shuffle import encode_shuffled
-from sslbench.nn.split_norm import local_groups, refuse_sync_bn, split_batch_norm
+from sslbench.nn.split_norm import check_statistics, local_groups, split_batch_norm
 from sslbench.plugin import api
 from sslbench.plugin.api import Batch, Blur, Build, Jitter, Method, MethodConfig, View, ViewSpec
 from sslbench.plugin.hooks import hookimpl
@@ -173,7 +173,7 @@ class MoCo(Method):
         return _Encoded(*torch.split(rows, [self.cfg.out_dim, self.backbone.dim], dim=1))
 
     def start_epoch(self, epoch: int, images: api.TrainingImages) -> None:
-        refuse_sync_bn(self, self.cfg.bn_groups)
+        check_statistics(self, self.cfg.bn_groups)
 
     def after_step(self, progress: api.Progress) -> None:
         """The queue moves once nothing needs its rows any more; the key encoder follows by equation 2."""

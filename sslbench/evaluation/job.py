@@ -55,6 +55,7 @@ def preprocessing_for(dataset: Dataset, options: EvalOptions, image_size: int) -
         center=options.center or fitting,
         mean=info.mean,
         std=info.std,
+        interpolation=options.interpolation,
     )
 
 

@@ -97,6 +97,8 @@ class RelationHead(nn.Module):
         Returns:
             ``[V,2,B]`` in the order of :func:`pair_up`: ``[:,0]`` are positives, ``[:,1]`` negatives.
         """
+        # The weights' precision, also under autocast: the ranks' gradients are summed in it.
+        features = features.to(cast(nn.Linear, self.layers[0]).weight.dtype)
         everyone = comm.gather(features.transpose(0, 1)).transpose(0, 1)
         hidden = self._first_layer(features, everyone, comm.row_offset(features[0]))
         return cast(Tensor, self.layers[1:](hidden.flatten(0, 2))).view(hidden.shape[:3])

@@ -83,14 +83,26 @@ def local_groups(groups: int, global_batch: int, option: str = "method.bn_groups
     return max(1, groups // world)
 
 
-def refuse_sync_bn(network: nn.Module, groups: int, option: str = "method.bn_groups") -> None:
-    """Groups of their own and statistics over all GPUs exclude each other.
+def check_statistics(network: nn.Module, groups: int, option: str = "method.bn_groups") -> None:
+    """Groups of their own and statistics over all GPUs exclude each other; one group over several GPUs needs them.
 
     Raises:
-        ConfigError: the core has been told to normalise over all GPUs, and ``groups`` is not 1.
+        ConfigError: the core normalises over all GPUs and ``groups`` is not 1, or the other way round.
     """
-    if groups > 1 and any(isinstance(module, nn.SyncBatchNorm) for module in network.modules()):
+    synchronised = any(isinstance(module, nn.SyncBatchNorm) for module in network.modules())
+    if groups == 1 and comm.world() > 1 and not synchronised and _normalises_on_gpu(network):
+        raise ConfigError(
+            f"{option}=1 normalises all images together, which several GPUs do with train.sync_bn=true only",
+            hint=f"set train.sync_bn=true, or {option}={comm.world()}",
+        )
+    if groups > 1 and synchronised:
         raise ConfigError(
             f"train.sync_bn=true normalises all images together, but {option}={groups}",
             hint=f"set train.sync_bn=false, or {option}=1",
         )
+
+
+def _normalises_on_gpu(network: nn.Module) -> bool:
+    """On CPUs torch cannot synchronise, and a warning says so."""
+    norms = (module for module in network.modules() if isinstance(module, _BatchNorm))
+    return any(norm.running_mean is not None and norm.running_mean.is_cuda for norm in norms)

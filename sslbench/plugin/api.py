@@ -417,6 +417,8 @@ class EvalOptions(Options):
     center: float | None = Field(None, gt=0, le=1)
     """Side of the centred square that is kept, as a fraction of the short side; unset: 1 for data sets of one
     fixed size, 0.875 ("resize 256, crop 224") where sizes vary."""
+    interpolation: Literal["bilinear", "bicubic"] = "bicubic"
+    """How images are resized, antialiased as PIL does it. Programs built on torchvision resize bilinearly."""
     batch_size: int = cosmetic(512, ge=1)
     """Images per forward pass of the frozen backbone."""
 
