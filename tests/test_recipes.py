@@ -240,8 +240,8 @@ SETTINGS = [  # data set, its name in recipes, backbone, epochs
     ("cifar10", "cifar10", "resnet32", 200),
     ("cifar100", "cifar100", "conv4", 200),
     ("cifar100", "cifar100", "resnet32", 200),
-    ("tiny_imagenet", "tiny-imagenet", "conv4", 200),
-    ("tiny_imagenet", "tiny-imagenet", "resnet32", 200),
+    ("tiny-imagenet", "tiny-imagenet", "conv4", 200),
+    ("tiny-imagenet", "tiny-imagenet", "resnet32", 200),
     ("stl10", "stl10", "resnet34", 300),
 ]
 

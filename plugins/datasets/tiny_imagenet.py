@@ -27,7 +27,7 @@ class TinyImageNet(FileDataset):
     as it is published or sorted into class folders. The published `test` has no labels and is not used.
     """
 
-    name = "tiny_imagenet"
+    name = "tiny-imagenet"
     Config = RootOptions
     cfg: RootOptions
 
