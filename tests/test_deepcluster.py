@@ -23,7 +23,6 @@ from sslbench_plugins.methods.deepcluster import (
     Garble,
     class_weights,
     garble,
-    whiten,
 )
 from torch import Tensor
 
@@ -33,6 +32,7 @@ from sslbench.data.sources import ArraySource
 from sslbench.data.store import open_store
 from sslbench.data.views import ViewExecutor
 from sslbench.errors import ConfigError, DivergedError
+from sslbench.nn.whitening import whiten
 from sslbench.plugin.api import Batch, Build, ViewSpec
 
 CPU = torch.device("cpu")

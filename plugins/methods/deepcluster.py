@@ -22,6 +22,7 @@ from sslbench.config.options import Options
 from sslbench.errors import ConfigError, DivergedError
 from sslbench.nn.heads import mlp
 from sslbench.nn.losses import no_autocast
+from sslbench.nn.whitening import whiten
 from sslbench.plugin.api import Batch, Build, Method, MethodConfig, TrainingImages, ViewSpec
 from sslbench.plugin.hooks import hookimpl
 
@@ -149,18 +150,6 @@ class DeepCluster(Method):
             losses = F.cross_entropy(logits.float(), labels, reduction="none")
             loss = comm.global_mean(losses, self.class_weights[labels])
         return {"loss": loss, "cluster_top1": 100 * (logits.detach().argmax(dim=1) == labels).float().mean()}
-
-
-def whiten(features: Tensor, dims: int) -> Tensor:
-    """The ``dims`` leading principal components of the rows ``[N,D]``, each with variance 1.
-
-    Directions without variance, such as dead features, become 0.
-    """
-    centred = features.double() - features.double().mean(dim=0)
-    variance, directions = torch.linalg.eigh(centred.T @ centred / (len(centred) - 1))
-    variance, directions = variance[-dims:], directions[:, -dims:]
-    scale = torch.where(variance > 1e-9 * variance[-1], variance, torch.inf).rsqrt()
-    return Tensor.float(centred @ (directions * scale))
 
 
 def class_weights(labels: Tensor, clusters: int, kind: str) -> Tensor:
