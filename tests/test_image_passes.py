@@ -43,6 +43,11 @@ def test_clean_shows_every_image_once_and_unchanged(resident):
     assert [len(index) for _, index in passes[0]] == [10, 10, 9]
 
 
+def test_clean_images_do_not_depend_on_where_pixels_live():
+    resident, decoded = (torch.cat([shown for shown, _ in _loader(r).images.clean()]) for r in ("auto", "off"))
+    torch.testing.assert_close(resident, decoded, atol=0.03, rtol=0)  # two roundings to 8 bits
+
+
 def test_augmented_shows_every_image_once_in_the_methods_views():
     loader = _loader()
     first, again, other = (list(loader.images.augmented(number)) for number in (0, 0, 1))

@@ -235,7 +235,7 @@ class ImagePasses:
 
     def _center(self) -> float:
         """As evaluations cut: images of varying size lose their border."""
-        return 1.0 if isinstance(self._loader.store, ResidentStore) else 0.875
+        return 1.0 if self._loader.source.common_size() else 0.875
 
     def augmented(self, number: int) -> Iterator[Batch]:
         """All images in the method's own views; another ``number`` gives other views."""
