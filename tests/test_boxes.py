@@ -8,7 +8,8 @@ import pytest
 import torch
 
 from sslbench.data.boxes import CROP_TRIES, overlapping_box
-from sslbench.data.views import Geometry, ViewExecutor, expand
+from sslbench.data.cropping import Geometry
+from sslbench.data.views import ViewExecutor, expand
 from sslbench.errors import ConfigError
 from sslbench.plugin.viewspec import ViewSpec
 from sslbench.rng import Draws

@@ -10,7 +10,8 @@ from reference import photo_tiles, reference_crop
 from scipy.stats import binomtest, chisquare, ks_2samp
 from torchvision.transforms import RandomResizedCrop
 
-from sslbench.data.views import Geometry, ViewExecutor, expand
+from sslbench.data.cropping import Geometry, crop_image
+from sslbench.data.views import ViewExecutor, expand
 from sslbench.plugin.viewspec import Blur, Jitter, ViewSpec
 from sslbench.rng import Draws
 
@@ -138,7 +139,7 @@ def test_crops_equal_pillows(spec, height, width, size):
         ]
     )
     batched = views.crop(images, geometry)[0]
-    single = torch.stack([views.crop_one(image, one(geometry, k))[0] for k, image in enumerate(images)])
+    single = torch.stack([crop_image(image, views.specs, one(geometry, k))[0] for k, image in enumerate(images)])
     assert single.dtype == torch.uint8
     assert batched.is_contiguous()
     difference = 255 * (batched - expected)
@@ -154,7 +155,7 @@ def test_crop_one_reads_strided_images():
     views = executor(ViewSpec(count=3))
     geometry = views.geometry(Draws(1, 0, torch.arange(1)), same_sizes(1, 48, 64))
     decoded = image.permute(1, 2, 0).contiguous().permute(2, 0, 1)
-    for a, b in zip(views.crop_one(image, geometry), views.crop_one(decoded, geometry), strict=True):
+    for a, b in zip(*(crop_image(i, views.specs, geometry) for i in (image, decoded)), strict=True):
         assert (a.int() - b.int()).abs().max() <= 1
 
 
@@ -202,7 +203,9 @@ def test_finish_accepts_8_bit_crops_and_leaves_its_input_alone():
     views = executor(ViewSpec(jitter=Jitter(p=1), gray=0.5))
     draws, sizes = Draws(0, 0, torch.arange(40)), same_sizes(40, 32, 32)
     geometry = views.geometry(draws, sizes)
-    crops = [torch.cat([views.crop_one(image, one(geometry, k))[0][None] for k, image in enumerate(images)])]
+    crops = [
+        torch.cat([crop_image(image, views.specs, one(geometry, k))[0][None] for k, image in enumerate(images)])
+    ]
     floats = [crops[0] / 255]
     kept = floats[0].clone()
     from_bytes = views.finish(crops, geometry, draws, sizes)[0].images

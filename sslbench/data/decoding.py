@@ -11,9 +11,10 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
+from sslbench.data.cropping import Geometry, crop_image
 from sslbench.data.imagefile import cores
 from sslbench.data.store import next_sample, read_or_reason
-from sslbench.data.views import Geometry, ViewExecutor
+from sslbench.data.views import ViewExecutor
 from sslbench.plugin.api import Source
 from sslbench.rng import Draws
 
@@ -78,7 +79,7 @@ class Decoder(Dataset[Decoded]):
             images.append(image)
         sizes = torch.tensor([image.shape[-2:] for image in images])
         geometry = self.views.geometry(Draws(self.seed, chunk.step, chunk.positions), sizes)
-        crops = [self.views.crop_one(image, _row(geometry, row)) for row, image in enumerate(images)]
+        crops = [crop_image(image, self.views.specs, _row(geometry, row)) for row, image in enumerate(images)]
         stacked = [torch.stack(view) for view in zip(*crops, strict=True)]
         return Decoded(stacked, sizes, torch.tensor(shown), unreadable, chunk.last)
 

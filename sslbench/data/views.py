@@ -9,29 +9,19 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Sequence
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
 from sslbench.data.augment import normalize
 from sslbench.data.boxes import CROP_TRIES, center_box, overlapping_box, padded_box, random_resized_box
+from sslbench.data.cropping import Geometry, side_of
 from sslbench.data.photometric import augment_colors
 from sslbench.data.resample import resample, resize_matrix, to_rows
 from sslbench.errors import ConfigError
 from sslbench.plugin.api import View
 from sslbench.plugin.viewspec import ViewSpec
 from sslbench.rng import Draws
-
-
-class Geometry(NamedTuple):
-    """Where one view of each image comes from. CPU tensors."""
-
-    box: Tensor
-    """float32 ``[B,4]``: x0, y0, x1, y1 in whole pixels of the unflipped source; ``padded`` may exceed it."""
-    flip: Tensor
-    """bool ``[B]``"""
 
 
 def expand(specs: Sequence[ViewSpec], default_size: int) -> tuple[ViewSpec, ...]:
@@ -139,25 +129,13 @@ class ViewExecutor:
         return [self._crop_view(rows, spec, g) for spec, g in zip(self.specs, geometry, strict=True)]
 
     def _crop_view(self, rows: Tensor, spec: ViewSpec, geometry: Geometry) -> Tensor:
-        height, width, side = rows.shape[1], rows.shape[3], _side(spec)
+        height, width, side = rows.shape[1], rows.shape[3], side_of(spec)
         x0, y0, x1, y1 = geometry.box.to(self.device, non_blocking=True).unbind(1)
         flip = geometry.flip.to(self.device, non_blocking=True)
         margin = math.ceil(max(height, width) * spec.padding) if spec.crop == "padded" else 0
         vertical = resize_matrix(y0, y1, height, side, spec.interpolation, margin=margin)
         horizontal = resize_matrix(x0, x1, width, side, spec.interpolation, flip, margin)
         return resample(rows, vertical, horizontal)
-
-    def crop_one(self, image: Tensor, geometry: list[Geometry]) -> list[Tensor]:
-        """Crop, resize and flip one image of any size, for decoding worker processes.
-
-        Args:
-            image: uint8 ``[3,H,W]`` on the CPU.
-            geometry: one per view, with B=1.
-
-        Returns:
-            Per view uint8 ``[3,S,S]``, within rounding of what :meth:`crop` gives.
-        """
-        return [_crop_one(image, spec, g) for spec, g in zip(self.specs, geometry, strict=True)]
 
     def finish(
         self, crops: list[Tensor], geometry: list[Geometry], draws: Draws, sizes: Tensor
@@ -182,21 +160,3 @@ class ViewExecutor:
         source_size = sizes.flip(1).float()
         box = geometry.box / source_size.repeat(1, 2)
         return View(images, *(t.to(self.device, non_blocking=True) for t in (box, geometry.flip, source_size)))
-
-
-def _side(spec: ViewSpec) -> int:
-    assert spec.size is not None, "expand() fills in the size"
-    return spec.size
-
-
-def _crop_one(image: Tensor, spec: ViewSpec, geometry: Geometry) -> Tensor:
-    height, width = image.shape[1:]
-    x0, y0, x1, y1 = (int(edge) for edge in geometry.box[0].tolist())
-    part = image[:, max(y0, 0) : y1, max(x0, 0) : x1]
-    outside = (max(-x0, 0), max(x1 - width, 0), max(-y0, 0), max(y1 - height, 0))
-    if any(outside):
-        part = F.pad(part, outside)
-    side = _side(spec)
-    # torch resizes 8-bit images on the CPU with Pillow's weights and vector instructions.
-    view = F.interpolate(part[None], (side, side), mode=spec.interpolation, antialias=True, align_corners=False)[0]
-    return view.flip(2) if bool(geometry.flip[0]) else view
