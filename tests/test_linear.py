@@ -11,7 +11,7 @@ import pytest
 import torch
 from evals_kit import CPU, make_backbone, make_dataset, make_job
 from sslbench_plugins.datasets.digits import Digits
-from sslbench_plugins.evals.linear import Heads, Linear, LinearConfig, Score, train
+from sslbench_plugins.evals.linear import Heads, Linear, LinearConfig, Score, train, with_ones
 from sslbench_plugins.evals.test import HeldOutOptions, HeldOutTest
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -35,12 +35,16 @@ def batches_of(table: tuple[Tensor, Tensor], epoch: int) -> list[tuple[Tensor, T
     return [(table[0][rows], table[1][rows]) for rows in torch.split(order, BATCH)]
 
 
+def inputs_of(table: tuple[Tensor, Tensor], epoch: int) -> list[tuple[Tensor, Tensor]]:
+    return [(with_ones(features), labels) for features, labels in batches_of(table, epoch)]
+
+
 def single_head(table: tuple[Tensor, Tensor], start: Tensor, lr: float, cfg: LinearConfig) -> Tensor:
     """One classifier trained the ordinary way, with autograd and torch's optimiser."""
     layer = nn.Linear(64, 10)
     with torch.no_grad():
-        layer.weight.copy_(start[:-1].T)
-        layer.bias.copy_(start[-1])
+        layer.weight.copy_(start[:, :-1])
+        layer.bias.copy_(start[:, -1])
     optimizer = torch.optim.SGD(
         layer.parameters(),
         lr=lr,
@@ -58,7 +62,7 @@ def single_head(table: tuple[Tensor, Tensor], start: Tensor, lr: float, cfg: Lin
             optimizer.zero_grad()
             F.cross_entropy(layer(inputs), labels).backward()
             optimizer.step()
-    return torch.cat([layer.weight.detach().T, layer.bias.detach()[None]])
+    return torch.cat([layer.weight.detach(), layer.bias.detach()[:, None]], dim=1)
 
 
 @pytest.mark.parametrize("nesterov", [False, True])
@@ -68,7 +72,7 @@ def test_the_grid_trains_each_head_as_torch_would_alone(table: tuple[Tensor, Ten
     heads = Heads(cfg, lrs, 64, 10, torch.Generator().manual_seed(0))
     start = heads.weight[:, 0].clone()
     steps = math.ceil(len(table[0]) / BATCH)
-    train(heads, lambda epoch: iter(batches_of(table, epoch)), steps, lambda *_: None)
+    train(heads, lambda epoch: iter(inputs_of(table, epoch)), steps)
     for g, lr in enumerate(lrs.tolist()):
         torch.testing.assert_close(heads.weight[:, g], single_head(table, start, lr, cfg), rtol=1e-5, atol=1e-5)
 
@@ -80,17 +84,17 @@ def test_adam_at_a_constant_rate_is_torchs(table: tuple[Tensor, Tensor]) -> None
     for g, lr in enumerate((1e-3, 1e-2)):
         layer = nn.Linear(64, 10)
         with torch.no_grad():
-            layer.weight.copy_(heads.weight[:-1, g].T)
-            layer.bias.copy_(heads.weight[-1, g])
+            layer.weight.copy_(heads.weight[:, g, :-1])
+            layer.bias.copy_(heads.weight[:, g, -1])
         optimizer = torch.optim.Adam(layer.parameters(), lr=lr, weight_decay=1e-3)
         for epoch in range(EPOCHS):
             for inputs, labels in batches_of(table, epoch):
                 optimizer.zero_grad()
                 F.cross_entropy(layer(inputs), labels).backward()
                 optimizer.step()
-        layers.append(torch.cat([layer.weight.detach().T, layer.bias.detach()[None]]))
+        layers.append(torch.cat([layer.weight.detach(), layer.bias.detach()[:, None]], dim=1))
     steps = math.ceil(len(table[0]) / BATCH)
-    train(heads, lambda epoch: iter(batches_of(table, epoch)), steps, lambda *_: None)
+    train(heads, lambda epoch: iter(inputs_of(table, epoch)), steps)
     for g, expected in enumerate(layers):
         torch.testing.assert_close(heads.weight[:, g], expected, rtol=1e-3, atol=1e-4)
 
@@ -109,19 +113,18 @@ def test_rates_change_as_the_schedule_says(options: dict[str, Any], expected: li
     factors: list[float] = []
 
     class Noting(Heads):
-        def step(self, inputs: Tensor, labels: Tensor, factor: float) -> Tensor:
+        def step(self, inputs: Tensor, labels: Tensor, factor: float, losses: Tensor | None = None) -> None:
             factors.append(factor)
-            return super().step(inputs, labels, factor)
 
     heads = Noting(cfg, torch.tensor([0.1]), 2, 2, torch.Generator().manual_seed(0))
-    rows = (torch.eye(2), torch.arange(2))
-    train(heads, lambda _: iter([rows, rows]), 2, lambda *_: None)
+    rows = (with_ones(torch.eye(2)), torch.arange(2))
+    train(heads, lambda _: iter([rows, rows]), 2)
     assert factors == pytest.approx(expected)
 
 
 def test_heads_may_start_as_published_for_imagenet() -> None:
     heads = Heads(LinearConfig(init="normal"), torch.ones(2), 4096, 10, torch.Generator().manual_seed(0))
-    weight, bias = heads.weight[:-1], heads.weight[-1]
+    weight, bias = heads.weight[..., :-1], heads.weight[..., -1]
     assert weight.std().item() == pytest.approx(0.01, rel=0.02)
     assert not bias.any()
     assert torch.equal(weight[:, 0], weight[:, 1])
@@ -132,14 +135,14 @@ def test_lars_scales_weight_and_bias_of_each_head_by_their_own_norms() -> None:
     heads = Heads(cfg, torch.tensor([2.0, 4.0]), 4, 3, torch.Generator().manual_seed(3))
     before = heads.weight.clone()
     inputs, labels = torch.randn(8, 4, generator=torch.Generator().manual_seed(4)), torch.arange(8) % 3
-    heads.step(inputs, labels, factor=0.5)
+    heads.step(with_ones(inputs), labels, factor=0.5)
     for g, lr in enumerate((2.0, 4.0)):
         layer = nn.Linear(4, 3)
         with torch.no_grad():
-            layer.weight.copy_(before[:-1, g].T)
-            layer.bias.copy_(before[-1, g])
+            layer.weight.copy_(before[:, g, :-1])
+            layer.bias.copy_(before[:, g, -1])
         F.cross_entropy(layer(inputs), labels).backward()
-        for now, parameter in ((heads.weight[:-1, g].T, layer.weight), (heads.weight[-1, g], layer.bias)):
+        for now, parameter in ((heads.weight[:, g, :-1], layer.weight), (heads.weight[:, g, -1], layer.bias)):
             assert parameter.grad is not None
             change = parameter.grad + 0.1 * parameter
             expected = parameter - 0.5 * lr * 1e-3 * parameter.norm() / change.norm() * change

@@ -10,6 +10,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from sslbench.plugin.api import FeatureTable
+
 Normalize = Literal["none", "standardize", "l2"]
 
 
@@ -78,6 +80,12 @@ class LinearHead:
     def __call__(self, features: Tensor) -> Tensor:
         """``[N,D]`` features as the backbone gives them to logits ``[N,C]``."""
         return F.linear(self.scaling(features), self.weight, self.bias)
+
+    def top1(self, table: FeatureTable, chunk: int = 8192) -> float:
+        """Accuracy in percent, computed in chunks of images."""
+        pairs = zip(torch.split(table.features, chunk), torch.split(table.labels, chunk), strict=True)
+        hits = torch.cat([label_ranks(self(features), labels) < 1 for features, labels in pairs])
+        return float(percent(hits))
 
     def state(self) -> dict[str, Any]:
         """Plain tensors and values; :meth:`from_state` reads them."""
