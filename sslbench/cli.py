@@ -136,6 +136,9 @@ def pretrain(
             print_plan(composed, as_json)
         return
     prepare_environment()
+    from sslbench.engine.machine import prepare_process
+
+    prepare_process()
     from sslbench.engine.console import Console
     from sslbench.engine.launch import joined_world
     from sslbench.engine.worker import pretrain as run_pretraining
@@ -172,6 +175,9 @@ def evaluate(
     if "=" in run:  # the run was left out and the first option took its place
         items, run = [run, *items], "last"
     prepare_environment()
+    from sslbench.engine.machine import prepare_process
+
+    prepare_process()
     from sslbench.engine.console import Console
     from sslbench.engine.evaluate import evaluate_run, plan_evaluation
     from sslbench.engine.launch import joined_world

@@ -51,11 +51,13 @@ class TrainOptions(Options):
     device: Literal["auto", "cpu", "cuda"] = cosmetic("auto")
     """`auto`: CUDA if torch sees a device, else the CPU."""
     precision: Literal["auto", "fp32", "bf16"] = "auto"
-    """`auto`: bf16 autocast on CUDA devices that support it, fp32 elsewhere."""
+    """`auto`: bf16 autocast where the hardware multiplies it (CUDA devices since Ampere, CPUs with AMX), fp32
+    elsewhere."""
     compile: bool = False
     """Compile the method's backbones with torch.compile."""
     channels_last: bool | None = None
-    """Memory layout of images and weights; unset: channels-last on CUDA only."""
+    """Memory layout of images and weights; unset: channels-last on CUDA, and on CPUs for networks whose narrowest
+    convolution fills a vector."""
     clip_grad: float | None = Field(None, gt=0)
     """Clip the global gradient norm to this value."""
     deterministic: bool = True

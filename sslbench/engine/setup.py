@@ -18,6 +18,7 @@ from sslbench.data.splits import eval_split
 from sslbench.data.store import open_store
 from sslbench.data.views import ViewExecutor, expand
 from sslbench.engine.checkpoint import details
+from sslbench.engine.layout import faster_layout, has_fast_bf16
 from sslbench.engine.loop import Plan
 from sslbench.errors import CheckpointError, ConfigError, DataError, LaunchError, PluginError
 from sslbench.plugin.api import Backbone, Build, Dataset, Method, Source, ViewSpec
@@ -69,10 +70,14 @@ def choose_device(options: TrainOptions) -> torch.device:
 
 def choose_bf16(options: TrainOptions, device: torch.device) -> bool:
     """Whether to autocast to bfloat16."""
-    if options.precision == "auto":
-        # An older GPU emulates bf16, slower than fp32.
-        return device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
-    return options.precision == "bf16"
+    return has_fast_bf16(device) if options.precision == "auto" else options.precision == "bf16"
+
+
+def choose_layout(options: TrainOptions, device: torch.device, network: nn.Module) -> torch.memory_format:
+    """Memory layout of images and weights."""
+    if options.channels_last is None:
+        return faster_layout(network, device, bf16=choose_bf16(options, device))
+    return torch.channels_last if options.channels_last else torch.contiguous_format
 
 
 def prepare_torch(options: TrainOptions) -> None:
@@ -126,8 +131,9 @@ def build_parts(composed: Composed, log: Callable[[str], None], start: Start | N
         return Parts(device, False, dataset, method.to(device), side, None, None)
     loader = _make_loader(composed, dataset, specs, device, log)
     method = _build_method(composed, dataset, side, start, loader.num_images, loader.steps_per_epoch)
-    layout = _memory_format(core.train, device)
+    layout = choose_layout(core.train, device, method)
     method = method.to(device=device, memory_format=layout)  # type: ignore[call-overload]
+    loader.views.memory_format = layout
     if comm.world() > 1:
         method = _share_statistics(method, core.train.sync_bn, device, log)
     if core.train.compile:
@@ -208,7 +214,6 @@ def _make_loader(
         mean=info.mean,
         std=info.std,
         device=device,
-        channels_last=_memory_format(core.train, device) == torch.channels_last,
     )
     return TrainLoader(
         source,
@@ -240,8 +245,3 @@ def _training_images(composed: Composed, dataset: Dataset) -> tuple[Source, torc
             )
         return eval_split(dataset, "train", composed.core.data.val_fraction)
     return dataset.split(dataset.info.pretrain_split), None
-
-
-def _memory_format(options: TrainOptions, device: torch.device) -> torch.memory_format:
-    wanted = options.channels_last if options.channels_last is not None else device.type == "cuda"
-    return torch.channels_last if wanted else torch.contiguous_format

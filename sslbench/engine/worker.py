@@ -206,8 +206,15 @@ def _introduction(composed: Composed, parts: Parts, tracker: Tracker) -> str:
     core = composed.core
     amount = f"{core.train.epochs} epochs of {parts.loader.num_images} images, {parts.plan.steps} steps"
     rate = f"{core.optim.name} at {peak_lr(core.optim, core.train.batch_size):.4g}"
-    precision = "bf16" if parts.bf16 else "fp32"
-    return f"{head}\n  {amount} of {core.train.batch_size}; {rate}; {parts.device} in {precision}"
+    return f"{head}\n  {amount} of {core.train.batch_size}; {rate}; {_arithmetic(parts)}"
+
+
+def _arithmetic(parts: Parts) -> str:
+    layout = parts.loader is not None and parts.loader.views.memory_format == torch.channels_last
+    words = [f"{parts.device} in {'bf16' if parts.bf16 else 'fp32'}", *(["channels-last"] if layout else [])]
+    if parts.device.type == "cpu":
+        words.append(f"{torch.get_num_threads()} thread(s)")
+    return ", ".join(words)
 
 
 def _open_tracker(
