@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import os
 import subprocess
 import sys
@@ -18,35 +19,37 @@ from sslbench.engine.setup import choose_layout
 
 CPU = torch.device("cpu")
 
-_FAULTS = """
-import resource, sys
+_HEAP = """
+import ctypes, sys
+libc = ctypes.CDLL(None)
+class Info(ctypes.Structure):
+    _fields_ = [(name, ctypes.c_size_t) for name in
+        "arena ordblks smblks hblks hblkhd usmblks fsmblks uordblks fordblks keepcost".split()]
+libc.mallinfo2.restype, libc.malloc.restype, libc.free.argtypes = Info, ctypes.c_void_p, [ctypes.c_void_p]
 if sys.argv[1] == "prepared":
     from sslbench.engine.machine import prepare_process
     prepare_process()
     assert "torch" not in sys.modules
-import torch
-torch.set_num_threads(1)
-def work():
-    tensors = [torch.ones(1 << 20) for _ in range(8)]
-    return sum(float(t[0]) for t in tensors)
-work(), work()
-before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
-for _ in range(5):
-    work()
-print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
+before = libc.mallinfo2()
+block = libc.malloc(ctypes.c_size_t(200 << 20))
+during = libc.mallinfo2()
+libc.free(block)
+print(during.hblks - before.hblks, (libc.mallinfo2().arena - before.arena) >> 20)
 """
 
 
-def _page_faults(mode: str) -> int:
-    run = subprocess.run([sys.executable, "-c", _FAULTS, mode], capture_output=True, text=True, check=True)
-    return int(run.stdout)
+def _large_block(mode: str) -> list[int]:
+    """Mappings of its own that a block of 200 MiB takes, and the MiB that the heap keeps after it is freed."""
+    run = subprocess.run([sys.executable, "-c", _HEAP, mode], capture_output=True, text=True, check=True)
+    return [int(word) for word in run.stdout.split()]
 
 
-@pytest.mark.skipif(not Path("/lib64/ld-linux-x86-64.so.2").exists(), reason="glibc's allocator")
-def test_freed_memory_is_used_again_without_page_faults() -> None:
-    pages = 5 * 8 * (4 << 20) // os.sysconf("SC_PAGE_SIZE")
-    assert _page_faults("plain") > pages / 2
-    assert _page_faults("prepared") < pages / 5
+@pytest.mark.skipif(not hasattr(ctypes.CDLL(None), "mallinfo2"), reason="not glibc >= 2.33")
+def test_freed_memory_is_kept_for_the_next_tensors() -> None:
+    assert _large_block("plain") == [1, 0]
+    own, kept = _large_block("prepared")
+    assert own == 0
+    assert kept >= 199
 
 
 @pytest.mark.parametrize("theirs", ["OMP_WAIT_POLICY", "GOMP_SPINCOUNT", "KMP_BLOCKTIME"])
