@@ -326,15 +326,25 @@ def task_misfit(protocol: type[EvalProtocol], dataset: Dataset) -> str | None:
 
 
 def check_split(protocol: EvalProtocol, split: str) -> None:
-    """Refuse a split the protocol did not declare, and ``test`` to all but the protocol of that name.
+    """Refuse a split the protocol did not declare, and ``test`` to all that could choose something.
+
+    Only protocols named ``test`` or ``test_...`` may open ``test``, and these may open neither ``train`` nor
+    ``val``: what they report was chosen before, by another protocol.
 
     Raises:
         PluginError: naming protocol and split.
     """
-    if split == "test" and protocol.name != "test":
+    reports = protocol.name == "test" or protocol.name.startswith("test_")
+    if split == "test" and not reports:
         raise PluginError(
-            f"protocol '{protocol.name}' wants the split 'test', which only the protocol 'test' may open",
+            f"protocol '{protocol.name}' wants the split 'test', which only the protocol 'test' may open and "
+            "those named test_...",
             hint="choose on 'val'; report with: sslbench eval test RUN",
+        )
+    if reports and split not in ("test", "trainval"):
+        raise PluginError(
+            f"protocol '{protocol.name}' wants the split '{split}', but what reports on 'test' chooses nothing",
+            hint="choose in another protocol, save what was chosen, and load it with job.load_from",
         )
     if split not in protocol.splits:
         declared = ", ".join(sorted(protocol.splits)) or "none"

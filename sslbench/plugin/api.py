@@ -434,7 +434,8 @@ class EvalProtocol(ABC):
     primary: ClassVar[str]
     """The headline metric, a key of ``metrics``."""
     splits: ClassVar[frozenset[str]]
-    """The splits it may open. Only the protocol named ``test`` may open ``test``."""
+    """The splits it may open. Only protocols named ``test`` or ``test_...`` may open ``test``, and these open
+    nothing else but ``trainval``."""
     tasks: ClassVar[frozenset[str]] = frozenset({"classification"})
     """Kinds of labelled data sets (:attr:`DatasetInfo.task`) it can evaluate on."""
 

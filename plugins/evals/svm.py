@@ -1,0 +1,167 @@
+"""Linear support vector machines on frozen features of images with several labels: VOC07 mAP."""
+
+from __future__ import annotations
+
+import logging
+import math
+from typing import Any, Literal
+
+import torch
+from pydantic import Field
+from torch import Tensor
+
+from sslbench.errors import DataError
+from sslbench.evaluation.classifiers import FeatureScaling, LinearHead
+from sslbench.evaluation.convex import fit_svms
+from sslbench.evaluation.heldout import load_head
+from sslbench.evaluation.multilabel import class_precisions, shares_of, signs_of, stepwise_precision, unit_inputs
+from sslbench.plugin.api import EvalOptions, EvalProtocol, FeatureTable, Job
+from sslbench.plugin.hooks import hookimpl
+
+logger = logging.getLogger(__name__)
+
+COSTS = (*(2.0**p for p in range(-19, -3)), *(10.0**p for p in range(-7, 3)))
+"""Goyal et al., appendix: C in 2^[-19,-4] and 10^[-7,2]."""
+Difficult = Literal["ignore", "absent"]
+
+
+class SvmConfig(EvalOptions):
+    """Options of the svm protocol."""
+
+    costs: tuple[float, ...] = Field(COSTS, min_length=1)
+    """Costs C to choose from, class by class. One cost alone needs no cross-validation: 0.5 is what the programs
+    of PCL and of Revisiting Contrastive Methods take."""
+    folds: int = Field(3, ge=2)
+    """Parts of the training images; the cost with the best average precision over them is taken."""
+    difficult: Difficult = "ignore"
+    """Images whose object is marked difficult count as `absent`, or are left out, when results are computed. They
+    are always trained on as absent."""
+    tolerance: float = Field(1e-4, gt=0)
+    """A machine is trained when its gradient's norm has fallen to this share of that at zero weights."""
+    max_steps: int = Field(2000, ge=1)
+    """Steps of L-BFGS after which a machine is taken as it is."""
+
+
+class Svm(EvalProtocol):
+    """One linear SVM per class on features of unit length; its cost is chosen by cross-validation.
+
+    Squared hinge loss, images of the class weigh twice, costs are chosen within ``train``; ``val`` tells how the
+    machines do. Those that are kept (``head.pt``, for protocol ``test_svm``) are trained on ``train`` and ``val``
+    with costs chosen on both, as published (trainval).
+
+    Source: Goyal et al., "Scaling and Benchmarking Self-Supervised Visual Representation Learning", ICCV 2019,
+    section 6.1 and appendix. The machines are those of scikit-learn's ``LinearSVC``, solved by L-BFGS: all costs
+    and folds of a class at once.
+    """
+
+    name = "svm"
+    version = 1
+    Config = SvmConfig
+    metrics = {"val_map": "max"}  # noqa: RUF012
+    primary = "val_map"
+    splits = frozenset({"train", "val", "trainval"})
+    tasks = frozenset({"multilabel"})
+
+    cfg: SvmConfig
+
+    def run(self, job: Job) -> dict[str, float]:
+        """Train on ``train``, judge on ``val``, and save machines trained on both."""
+        head, costs = self._fit(job, job.features("train"))
+        val = job.features("val")
+        precisions = class_precisions(head(val.features), val.labels, self.cfg.difficult == "ignore")
+        head, final = self._fit(job, job.features("trainval"))
+        rows = zip(job.classes, precisions, costs, final, strict=True)
+        report = [{"class": name, "val_ap": 100 * ap, "cost": c, "final_cost": f} for name, ap, c, f in rows]
+        job.write_report("svm.json", {"per_class": report})
+        job.save("head.pt", {**head.state(), "classes": list(job.classes), "difficult": self.cfg.difficult})
+        return {"val_map": mean_percent(precisions, job)}
+
+    def _fit(self, job: Job, table: FeatureTable) -> tuple[LinearHead, list[float]]:
+        """Machines of all classes and the costs that were chosen for them."""
+        inputs, signs = unit_inputs(table.features), signs_of(table.labels)
+        costs = self._choose(job, inputs, signs)
+        weight = self._train(inputs, signs, shares_of(signs), torch.tensor(costs, device=job.device))
+        scaling = FeatureScaling.fit("l2", table.features)
+        return LinearHead(weight[:, :-1].contiguous(), weight[:, -1].contiguous(), scaling), costs
+
+    def _choose(self, job: Job, inputs: Tensor, signs: Tensor) -> list[float]:
+        """The cost of each class, ``[C]``: that of the best mean average precision over the folds."""
+        if len(self.cfg.costs) == 1:
+            return [self.cfg.costs[0]] * len(signs)
+        return [self._choose_for_class(job, inputs, sign) for sign in signs]
+
+    def _choose_for_class(self, job: Job, inputs: Tensor, sign: Tensor) -> float:
+        """All folds and costs of one class are one computation."""
+        fold = stratified_folds(sign, self.cfg.folds)
+        grid = torch.tensor(self.cfg.costs, device=job.device)
+        which = torch.arange(self.cfg.folds, device=job.device).repeat_interleave(len(grid))
+        shares = shares_of(sign) * (fold != which[:, None])
+        weight = self._train(inputs, sign.expand_as(shares), shares, grid.repeat(self.cfg.folds))
+        precision = torch.zeros(len(grid))
+        for machine, number in enumerate(which.tolist()):
+            seen = fold == number
+            score = stepwise_precision(inputs[seen] @ weight[machine], sign[seen] > 0)
+            precision[machine % len(grid)] += score / self.cfg.folds
+        return self.cfg.costs[int(precision.argmax())]
+
+    def _train(self, inputs: Tensor, signs: Tensor, shares: Tensor, costs: Tensor) -> Tensor:
+        return fit_svms(inputs, signs, shares, costs, tolerance=self.cfg.tolerance, max_steps=self.cfg.max_steps)
+
+
+def stratified_folds(sign: Tensor, folds: int) -> Tensor:
+    """int64 ``[N]``: the fold of each image, scikit-learn's for classifiers: in order, each with its share of
+    both kinds.
+
+    Raises:
+        DataError: there are fewer images of a kind than folds.
+    """
+    from sklearn.model_selection import StratifiedKFold
+
+    kinds = (sign > 0).long().cpu()
+    if int(torch.bincount(kinds, minlength=2).min()) < folds:
+        raise DataError(
+            f"a class with fewer than {folds} images cannot be cross-validated in {folds} folds",
+            hint="give one cost: evals.svm.costs=[0.5]",
+        )
+    fold = torch.empty(len(sign), dtype=torch.int64)
+    for number, (_, rows) in enumerate(StratifiedKFold(folds).split(kinds, kinds)):
+        fold[torch.from_numpy(rows)] = number
+    return fold.to(sign.device)
+
+
+def mean_percent(precisions: list[float], job: Job) -> float:
+    """Mean average precision in percent.
+
+    Raises:
+        DataError: a class has no image in the split.
+    """
+    missing = [name for name, ap in zip(job.classes, precisions, strict=True) if math.isnan(ap)]
+    if missing:
+        raise DataError(f"no image of the split shows {', '.join(missing)}: there is no average precision")
+    return 100 * sum(precisions) / len(precisions)
+
+
+class SvmTest(EvalProtocol):
+    """How the machines of ``svm`` do on ``test``: the published VOC07 number. It chooses nothing."""
+
+    name = "test_svm"
+    version = 1
+    Config = EvalOptions
+    metrics = {"map": "max"}  # noqa: RUF012
+    primary = "map"
+    splits = frozenset({"test"})
+    tasks = frozenset({"multilabel"})
+
+    def run(self, job: Job) -> dict[str, float]:
+        """Average precision of every class on the test images."""
+        head, test = load_head(job, "svm"), job.features("test")
+        difficult: Any = job.load_from("svm", "head.pt")["difficult"]
+        precisions = class_precisions(head(test.features), test.labels, difficult == "ignore")
+        per_class = {name: 100 * ap for name, ap in zip(job.classes, precisions, strict=True)}
+        job.write_report("test_svm.json", {"n": len(test.labels), "per_class": per_class})
+        return {"map": mean_percent(precisions, job)}
+
+
+@hookimpl
+def sslbench_evals() -> list[type[EvalProtocol]]:
+    return [Svm, SvmTest]
