@@ -9,7 +9,7 @@ import torch
 
 from sslbench.config.options import cosmetic
 from sslbench.data.encoded import FileSource
-from sslbench.data.imagefile import digest_files
+from sslbench.data.filesets import files_digest
 from sslbench.data.paths import PathTable, find_images
 from sslbench.errors import DataError
 from sslbench.plugin.api import Dataset, DatasetInfo, Options
@@ -118,7 +118,7 @@ class Folder(Dataset):
 
     @cached_property
     def _digest(self) -> str:
-        return digest_files({split: self._files(split) for split in sorted(self._folders)})
+        return files_digest({split: self._files(split) for split in sorted(self._folders)})
 
 
 @hookimpl

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from pathlib import Path
 from typing import Literal
 
 from pydantic import Field, field_validator, model_validator
@@ -123,13 +124,20 @@ class OptimOptions(Options):
 class DataOptions(Options):
     """How pixels reach the device."""
 
-    resident: Literal["auto", "device", "host", "off"] = cosmetic("auto")
-    """All images decoded in memory: on the training device, on the host, not at all (worker processes decode and
-    crop), or by size."""
+    resident: Literal["auto", "device", "host", "mmap", "off"] = cosmetic("auto")
+    """Where decoded images of one size live: in the memory of the training device (`device`) or the host (`host`),
+    in a file in the cache that is mapped into memory once for all processes (`mmap`), nowhere, so that worker
+    processes decode them again in each epoch (`off`), or by size and free memory (`auto`)."""
+    resident_limit_mb: int | None = cosmetic(None, ge=1)
+    """`auto` keeps images in memory up to this size; unset: up to a quarter of an accelerator's free memory and
+    half of the host's."""
+    cache: bool = cosmetic(True)
+    """Keep decoded images of one size on disk for later runs, from 16 MiB on."""
+    cache_dir: Path | None = cosmetic(None)
+    """The folder for it, which can be deleted at any time; unset: `$XDG_CACHE_HOME/sslbench` or
+    `~/.cache/sslbench`."""
     workers: int | None = cosmetic(None, ge=0)
     """Decoding processes when images are not resident; unset: one per core, 8 at most."""
-    resident_limit_mb: int = cosmetic(4096, ge=1)
-    """`auto` keeps images resident up to this size."""
     max_unreadable: int = Field(0, ge=0)
     """How many unreadable images are skipped (and named in the log) before the run ends with an error."""
     val_fraction: float = Field(0.1, gt=0, lt=1)

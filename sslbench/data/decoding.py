@@ -11,9 +11,10 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
+from sslbench.data.cache import read_or_reason
 from sslbench.data.cropping import Geometry, crop_image
 from sslbench.data.imagefile import cores
-from sslbench.data.store import next_sample, read_or_reason
+from sslbench.data.store import next_sample
 from sslbench.data.views import ViewExecutor
 from sslbench.plugin.api import Source
 from sslbench.rng import Draws

@@ -12,7 +12,9 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from sslbench.data.imagefile import decode_image, image_size, read_bytes, threaded
+from sslbench.data.kept import WORTH_KEEPING, kept
 from sslbench.data.paths import PathTable
+from sslbench.data.revision import files_revision
 from sslbench.errors import DataError
 from sslbench.plugin.api import Source
 
@@ -59,7 +61,11 @@ class EncodedSource(Source):
 
     @cached_property
     def _sizes(self) -> Tensor:
-        return torch.tensor(list(threaded(self.header, range(len(self)))), dtype=torch.int64).reshape(-1, 2)
+        def look() -> NDArray[np.int64]:
+            return np.array(list(threaded(self.header, range(len(self)))), np.int64).reshape(-1, 2)
+
+        worth = len(self) >= WORTH_KEEPING
+        return torch.from_numpy(kept("sizes", self.revision, look) if worth else look())
 
     def common_size(self) -> tuple[int, int] | None:
         """Height and width if all readable images share them; a few differing headers spare a look at the rest."""
@@ -95,6 +101,9 @@ class FileSource(EncodedSource):
 
     def header(self, index: int) -> tuple[int, int]:
         return image_size(self.paths[index])
+
+    def revision(self) -> str:
+        return files_revision({"": self.paths})
 
     def describe(self, index: int) -> str:
         return str(self.paths[index])

@@ -4,19 +4,28 @@ from __future__ import annotations
 
 import hashlib
 from abc import abstractmethod
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
 
 from sslbench.config.options import cosmetic
 from sslbench.data.encoded import FileSource
 from sslbench.data.imagefile import digest_files
+from sslbench.data.kept import WORTH_KEEPING, kept
+from sslbench.data.paths import PathTable
+from sslbench.data.revision import files_revision
 from sslbench.data.sources import digest
 from sslbench.errors import DataError
 from sslbench.plugin.api import Dataset, Options
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
+
+_MOST_DATES = 100_000
+"""Of so many files a digest opens some 4,000 only, which is quicker than comparing the dates of all."""
 
 
 class RootOptions(Options):
@@ -54,9 +63,21 @@ class FileDataset(Dataset):
 
     @cached_property
     def _digest(self) -> str:
-        files = digest_files({split: source.paths for split, source in self.sources.items()}, folders=False)
+        files = files_digest({split: source.paths for split, source in self.sources.items()}, folders=False)
         targets = [source.targets for source in self.sources.values() if source.targets is not None]
         return hashlib.blake2b(f"{files} {digest(*targets)}".encode(), digest_size=16).hexdigest()
+
+
+def files_digest(tables: Mapping[str, PathTable], *, folders: bool = True) -> str:
+    """:func:`~sslbench.data.imagefile.digest_files`, taken again only if a file's size or dates have changed."""
+
+    def digest() -> NDArray[np.int64]:
+        return np.frombuffer(bytes.fromhex(digest_files(tables, folders=folders)), np.int64)
+
+    if not WORTH_KEEPING <= sum(map(len, tables.values())) <= _MOST_DATES:
+        return digest().tobytes().hex()
+    kind = "contents" if folders else "contents-by-name"
+    return kept(kind, lambda: files_revision(tables), digest).tobytes().hex()
 
 
 def find_base(name: str, root: Path, inside: Sequence[str], markers: Sequence[str], layout: str) -> Path:

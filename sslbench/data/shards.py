@@ -18,6 +18,7 @@ from torch import Tensor
 from sslbench.data.encoded import EncodedSource
 from sslbench.data.imagefile import threaded
 from sslbench.data.paths import PathTable
+from sslbench.data.revision import file_state
 from sslbench.data.shardindex import ShardIndex, read_index
 from sslbench.errors import DataError
 
@@ -106,6 +107,10 @@ class ShardSource(EncodedSource):
         if len(content) < count:
             raise DataError(f"cannot read {self.describe(index)}: the archive has become shorter")
         return np.frombuffer(bytearray(content), np.uint8)
+
+    def revision(self) -> str:
+        paths = [os.path.abspath(path) for path in self.shards]
+        return hashlib.blake2b(repr([(path, file_state(path)) for path in paths]).encode()).hexdigest()
 
     def describe(self, index: int) -> str:
         return f"{self.shards[self.names.folder[index]]}/{self.names.basename(index)}"

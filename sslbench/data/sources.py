@@ -71,6 +71,10 @@ class ConcatSource(Source):
     def image_sizes(self) -> Tensor:
         return torch.cat([part.image_sizes() for part in self._parts])
 
+    def revision(self) -> str | None:
+        revisions = [part.revision() for part in self._parts]
+        return None if None in revisions else " ".join(map(str, revisions))
+
     def describe(self, index: int) -> str:
         source, number = self._locate(index)
         return source.describe(number)

@@ -1,18 +1,21 @@
-"""Where the pixels of a training set live: in memory as one tensor, or in files that workers decode."""
+"""Where the pixels of a training set live: one tensor, in memory or in a mapped file, or files to be decoded."""
 
 from __future__ import annotations
 
 import time
 from collections.abc import Callable, Collection, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Protocol
 
 import torch
 from torch import Tensor
 
+from sslbench import comm
 from sslbench.config.schema import DataOptions
+from sslbench.data.cache import MappedPixels, PixelCache, default_folder, read_sized
 from sslbench.data.imagefile import threaded
-from sslbench.errors import ConfigError, DataError, SslbenchError
+from sslbench.data.placing import WORTH_KEEPING, Images, Place, Room, choose_place
+from sslbench.errors import ConfigError, DataError
 from sslbench.plugin.api import Source
 
 Log = Callable[[str], None]
@@ -71,7 +74,7 @@ class ResidentStore:
     """All images as one uint8 tensor.
 
     Args:
-        pixels: uint8 ``[N,3,H,W]`` on the training device, or on the host.
+        pixels: uint8 ``[N,3,H,W]`` on the training device, or on the host, perhaps a file mapped into memory.
         device: the training device.
         unreadable: the images whose pixels are missing.
     """
@@ -89,8 +92,26 @@ class ResidentStore:
     def take(self, index: Tensor) -> Tensor:
         """uint8 ``[B,3,H,W]`` on the training device; ``index`` is int64 ``[B]`` on the CPU."""
         if self.pixels.device.type == self.device.type:
-            return self.pixels[index.to(self.device, non_blocking=True)]
-        return self.pixels[index].pin_memory().to(self.device, non_blocking=True)
+            return self.pixels.index_select(0, index.to(self.device, non_blocking=True))
+        return to_device(rows(self.pixels, index, pinned=self.device.type == "cuda"), self.device)
+
+
+def rows(pixels: Tensor, index: Tensor, *, pinned: bool) -> Tensor:
+    """Some images of a tensor on the host; ``index_select`` copies 20 times as fast as ``pixels[index]`` does.
+
+    Args:
+        pinned: into memory from which a device copies while the host goes on. torch keeps such memory and uses it
+            again once the copy is done.
+    """
+    out = torch.empty((len(index), *pixels.shape[1:]), dtype=pixels.dtype, pin_memory=pinned)
+    return torch.index_select(pixels, 0, index, out=out)
+
+
+def to_device(tensor: Tensor, device: torch.device) -> Tensor:
+    """A tensor of the host on the device, without waiting for the copy."""
+    if device.type != "cuda":
+        return tensor.to(device)
+    return (tensor if tensor.is_pinned() else tensor.pin_memory()).to(device, non_blocking=True)
 
 
 def next_sample(number: int, samples: Tensor, unreadable: Collection[int]) -> int:
@@ -104,11 +125,11 @@ def next_sample(number: int, samples: Tensor, unreadable: Collection[int]) -> in
 
 
 def open_store(source: Source, options: DataOptions, device: torch.device, log: Log) -> Store:
-    """Choose where the pixels live and bring them there.
+    """Choose where the pixels live and bring them there. All ranks choose what the first one chooses.
 
     Args:
         source: the training images.
-        options: ``resident``, ``resident_limit_mb`` and ``max_unreadable`` decide.
+        options: decide, with the free memory.
         device: the training device.
         log: receives the choice with its reason, progress, and the names of unreadable images.
 
@@ -116,60 +137,66 @@ def open_store(source: Source, options: DataOptions, device: torch.device, log: 
         DataError: too many images are unreadable.
         ConfigError: ``data.resident`` asks for residence and the images differ in size.
     """
-    unreadable = Unreadable(source, options.max_unreadable, log)
-    place, reason = _place(source, options, device)
+    images, cache = _look_at(source, options, log)
+    place, reason = comm.broadcast_object(choose_place(images, options, Room.of(device)))
     log(f"images: {place} ({reason})")
-    if place == "decoded by workers":
+    mapped = cache.find_or_build() if cache and place is not Place.WORKERS else None
+    if place is Place.MAPPED and mapped is None:
+        place, reason = choose_place(replace(images, cacheable=False), options, Room.of(device))
+        log(f"images: {place} ({reason})")
+    unreadable = Unreadable(source, options.max_unreadable, log)
+    if place is Place.WORKERS:
         return DecodedStore(unreadable)
-    pixels = source.pixels()
-    if pixels is None:
-        pixels = _decode_all(source, unreadable)
-    on_device = place == "resident on the device"
-    return ResidentStore(pixels.to(device) if on_device else pixels, device, unreadable)
+    target = device if place is Place.DEVICE else torch.device("cpu")
+    apart = mapped is not None and place is not Place.MAPPED
+    return ResidentStore(_pixels(source, mapped, unreadable).to(target, copy=apart), device, unreadable)
 
 
-def _place(source: Source, options: DataOptions, device: torch.device) -> tuple[str, str]:
-    """Where the images go and why."""
-    if options.resident == "off":
-        return "decoded by workers", "data.resident=off"
-    size = source.common_size()
+def _look_at(source: Source, options: DataOptions, log: Log) -> tuple[Images, PixelCache | None]:
+    """What decides, and the source's place on disk if its pixels are worth keeping."""
+    size = None if options.resident == "off" else source.common_size()
     if size is None:
-        if options.resident != "auto":
+        if options.resident not in ("auto", "off"):
             raise ConfigError(
                 f"data.resident={options.resident} needs images of one size, and these differ",
                 hint="data.resident=auto",
             )
-        return "decoded by workers", "sizes differ"
-    megabytes = len(source) * 3 * size[0] * size[1] / 2**20
-    if options.resident == "auto" and megabytes > options.resident_limit_mb:
-        return (
-            "decoded by workers",
-            f"{megabytes:.0f} MiB exceed data.resident_limit_mb={options.resident_limit_mb}",
-        )
-    fits = _free_megabytes(device) >= 2 * megabytes
-    if options.resident == "device" or (options.resident == "auto" and fits):
-        return "resident on the device", f"{megabytes:.0f} MiB"
-    return "resident on the host", f"{megabytes:.0f} MiB"
+        return Images(total=None), None
+    total, in_memory = len(source) * 3 * size[0] * size[1], source.pixels() is not None
+    cache = None if in_memory else pixel_cache(source, size, options, log)
+    return Images(total, in_memory, cache is not None), cache
 
 
-def _free_megabytes(device: torch.device) -> float:
-    """Free memory of an accelerator; without one the limit option alone decides."""
-    if device.type != "cuda":
-        return float("inf")
-    return torch.cuda.mem_get_info(device)[0] / 2**20
+def pixel_cache(source: Source, size: tuple[int, int], options: DataOptions, log: Log) -> PixelCache | None:
+    """The place on disk of decoded images of one size; None if they are not to be kept."""
+    worth = options.cache and len(source) * 3 * size[0] * size[1] >= WORTH_KEEPING
+    if not worth and options.resident != "mmap":
+        return None
+    revision = source.revision()
+    if revision is None:
+        return None
+    folder = options.cache_dir.expanduser() if options.cache_dir else default_folder()
+    return PixelCache(source, revision, size, folder, log)
+
+
+def _pixels(source: Source, mapped: MappedPixels | None, unreadable: Unreadable) -> Tensor:
+    """uint8 ``[N,3,H,W]`` on the host."""
+    if mapped is not None:
+        unreadable.add(mapped.unreadable)
+        return mapped.pixels
+    pixels = source.pixels()
+    return _decode_all(source, unreadable) if pixels is None else pixels
 
 
 def _decode_all(source: Source, unreadable: Unreadable) -> Tensor:
     """Decode every image once, in threads."""
-    height, width = source.common_size() or (0, 0)
-    pixels = torch.zeros(len(source), 3, height, width, dtype=torch.uint8)
+    size = source.common_size() or (0, 0)
+    pixels = torch.zeros(len(source), 3, *size, dtype=torch.uint8)
 
     def decode(index: int) -> str | None:
-        image = read_or_reason(source, index)
+        image = read_sized(source, index, size)
         if isinstance(image, str):
             return image
-        if image.shape != pixels.shape[1:]:
-            return f"{source.describe(index)}: decoded to {tuple(image.shape)}, not {tuple(pixels.shape[1:])}"
         pixels[index] = image
         return None
 
@@ -183,11 +210,3 @@ def _decode_all(source: Source, unreadable: Unreadable) -> Tensor:
             unreadable.log(f"decoded {index + 1} of {len(source)} images")
     unreadable.add(reasons)
     return pixels
-
-
-def read_or_reason(source: Source, index: int) -> Tensor | str:
-    """The image, or why it cannot be read."""
-    try:
-        return source.image(index)
-    except (SslbenchError, OSError) as error:
-        return str(error)

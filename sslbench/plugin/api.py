@@ -307,6 +307,14 @@ class Source(ABC):
             return None
         return int(known[0, 0]), int(known[0, 1])
 
+    def revision(self) -> str | None:
+        """A digest that changes when what the images are read from may have changed, such as dates of files.
+
+        It must be quick and need not be the same elsewhere. None: nobody can tell without reading everything, so
+        decoded images are not kept from one run to the next.
+        """
+        return None
+
     def describe(self, index: int) -> str:
         """A name for the image in messages, such as its path."""
         return f"image {index}"
