@@ -195,3 +195,13 @@ def test_folds_hold_their_share_of_both_kinds() -> None:
     assert sorted(counts) == [(33, 3), (33, 3), (34, 4)]
     with pytest.raises(DataError, match="cannot be cross-validated"):
         stratified_folds(torch.tensor([1.0, 1.0, -1.0, -1.0]), 3)
+
+
+def test_one_pass_serves_train_val_and_trainval_of_a_data_set_with_its_own_val(tmp_path: Path) -> None:
+    job = make_job(Svm(SvmConfig()), tmp_path, dataset=Properties(Options()), cache_dir=tmp_path / "cache")
+    train, val, both = (job.features(split) for split in ("train", "val", "trainval"))
+    assert len(list((tmp_path / "cache").iterdir())) == 1
+    assert torch.equal(torch.cat([train.features, val.features]), both.features)
+    assert torch.equal(torch.cat([train.labels, val.labels]), both.labels)
+    assert val.indices.tolist() == list(range(len(val.labels)))
+    assert val.features.data_ptr() == both.features[1000:].data_ptr()  # a view: the table is held once

@@ -173,12 +173,16 @@ def _verify(path: Path, digests: Mapping[str, str]) -> None:
             raise CheckpointError(f"checkpoint {path} is damaged: {name} does not match its SHA-256")
 
 
-def load_tensors(file: Path) -> dict[str, Any]:
-    """Read a file of tensors and plain values on the CPU; no code in it is ever executed."""
+def load_tensors(file: Path, *, mapped: bool = False) -> dict[str, Any]:
+    """Read a file of tensors and plain values on the CPU; no code in it is ever executed.
+
+    Args:
+        mapped: leave the tensors on disk until they are looked at, in memory that the system can take back.
+    """
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", UserWarning)  # about pickle protocols of foreign files
-            return cast("dict[str, Any]", torch.load(file, map_location="cpu", weights_only=True))
+            return cast("dict[str, Any]", torch.load(file, map_location="cpu", weights_only=True, mmap=mapped))
     except pickle.UnpicklingError as error:  # torch would advise to load it without this protection
         raise CheckpointError(
             f"{file} cannot be read: it is damaged, or holds more than tensors and plain values and could run code"

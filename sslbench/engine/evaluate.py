@@ -20,7 +20,8 @@ from sslbench.engine.console import Console
 from sslbench.engine.launch import open_tracker
 from sslbench.engine.setup import choose_device
 from sslbench.errors import ConfigError, described
-from sslbench.evaluation.job import EvaluationJob, check_task, evaluation_dir, run_protocol, task_misfit
+from sslbench.evaluation.job import EvaluationJob, evaluation_dir, run_protocol
+from sslbench.evaluation.rules import check_task, task_misfit
 from sslbench.plugin.api import Dataset, EvalProtocol
 from sslbench.plugin.catalog import Catalog
 from sslbench.report.compare import compare

@@ -19,6 +19,7 @@ from sslbench import comm
 from sslbench.data.loader import EvalLoader
 from sslbench.data.store import Unreadable
 from sslbench.engine.checkpoint import load_tensors
+from sslbench.engine.layout import faster_layout
 from sslbench.errors import CheckpointError, DataError, write_failure
 from sslbench.plugin.api import Backbone, Source
 
@@ -27,7 +28,7 @@ logger = logging.getLogger(__name__)
 #: Bytes of a cache file from which on its place is told, so that a user can delete it.
 _WORTH_A_LINE = 100_000_000
 
-CACHE_VERSION = 1
+CACHE_VERSION = 2
 """Part of every cache key. Bump it when the same inputs may give other features."""
 
 
@@ -99,19 +100,29 @@ def extract(
         batch_size=batch_size,
         device=device,
         workers=workers,
+        channels_last=faster_layout(backbone, device) == torch.channels_last,
         rank=comm.rank(),
         world=comm.world(),
         unreadable=Unreadable(source, max_unreadable, logger.info),
     )
-    features = [torch.empty(0, backbone.dim, device=device)]
-    numbers = [torch.empty(0, dtype=torch.int64, device=device)]
+    features, numbers = _pooled(backbone, loader, len(indices), device)
+    found, order = comm.gather(numbers).sort()
+    check_complete(len(indices) - len(found), max_unreadable)
+    rows = comm.gather(features)
+    return IndexedFeatures(rows if comm.world() == 1 else rows[order], found)
+
+
+def _pooled(backbone: Backbone, loader: EvalLoader, most: int, device: torch.device) -> tuple[Tensor, Tensor]:
+    """Features and sample numbers of this rank's share, written where they stay: lists would double the memory."""
+    features = torch.empty(-(-most // comm.world()), backbone.dim, device=device)
+    numbers = torch.empty(len(features), dtype=torch.int64, device=device)
+    end = 0
     with torch.autocast(device.type, enabled=False):
         for images, batch_indices in loader:
-            features.append(backbone(images).pooled.float())
-            numbers.append(batch_indices.to(device))
-    found, order = comm.gather(torch.cat(numbers)).sort()
-    check_complete(len(indices) - len(found), max_unreadable)
-    return IndexedFeatures(comm.gather(torch.cat(features))[order], found)
+            rows = slice(end, end := end + len(images))
+            features[rows] = backbone(images).pooled
+            numbers[rows] = batch_indices
+    return features[:end], numbers[:end]
 
 
 def check_complete(missing: int, allowed: int) -> None:
@@ -146,7 +157,7 @@ class FeatureCache:
         if not path.exists():
             return None
         try:
-            content = load_tensors(path)
+            content = load_tensors(path, mapped=True)
             if tensor_digest(content["features"]) != content["sha256"]:
                 raise ValueError(f"{path} does not match its checksum")
             return IndexedFeatures(content["features"], content["indices"])

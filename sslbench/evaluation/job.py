@@ -21,7 +21,8 @@ from sslbench.data.splits import eval_split
 from sslbench.data.store import open_store
 from sslbench.data.views import ViewExecutor
 from sslbench.engine.checkpoint import load_tensors
-from sslbench.errors import CheckpointError, ConfigError, DivergedError, PluginError
+from sslbench.engine.layout import faster_layout
+from sslbench.errors import CheckpointError, DivergedError, PluginError
 from sslbench.evaluation.features import (
     FeatureCache,
     IndexedFeatures,
@@ -32,6 +33,7 @@ from sslbench.evaluation.features import (
     state_digests,
     tensor_digest,
 )
+from sslbench.evaluation.rules import check_split, check_task
 from sslbench.plugin.api import Backbone, Batch, Dataset, EvalOptions, EvalProtocol, FeatureTable, Source, ViewSpec
 from sslbench.rng import derive_seed
 
@@ -109,7 +111,9 @@ class EvaluationJob:
         self._protocol = protocol
         self._options = protocol.cfg if isinstance(protocol.cfg, EvalOptions) else EvalOptions()
         self._preprocessing = preprocessing_for(dataset, self._options, image_size)
-        self._backbone = backbone.to(device).requires_grad_(False).eval()
+        self._layout = faster_layout(backbone, device)
+        self._backbone = backbone.to(device).to(memory_format=self._layout)
+        self._backbone.requires_grad_(False).eval()
         self._dataset = dataset
         self._data = data
         self._cache = FeatureCache(cache_dir) if cache_dir else None
@@ -133,14 +137,18 @@ class EvaluationJob:
             DataError: the data set has no such split or no labels.
         """
         source, indices = self._open(split)
-        table = self._table(self._base_split(split))
-        readable = torch.isin(indices, table.indices.cpu())
+        table = self._table("test" if split == "test" else "trainval")
+        place = indices + self._offset(split)
+        readable = torch.isin(place, table.indices.cpu())
         self._note_unreadable(split, int((~readable).sum()), len(indices))
-        indices = indices[readable]
-        features = table.features
-        if len(indices) < len(features):
-            features = features[torch.searchsorted(table.indices, indices.to(self.device))]
+        indices, place = indices[readable], place[readable]
+        features = _rows(table.features, torch.searchsorted(table.indices, place.to(self.device)))
         return FeatureTable(features, _labels(source)[indices].to(self.device), indices.to(self.device))
+
+    def _offset(self, split: str) -> int:
+        """Where a split starts in the table of ``trainval``: one pass serves ``train`` and ``val`` too."""
+        own = split == "val" and "val" in self._dataset.info.splits
+        return len(self._dataset.split("train")) if own else 0
 
     def _note_unreadable(self, split: str, count: int, total: int) -> None:
         if count and split not in self.unreadable:
@@ -229,11 +237,6 @@ class EvaluationJob:
         check_split(self._protocol, split)
         return eval_split(self._dataset, split, self._data.val_fraction)
 
-    def _base_split(self, split: str) -> str:
-        """The split whose table holds the rows: one pass over ``train`` serves a ``val`` carved from it too."""
-        carved = "val" not in self._dataset.info.splits
-        return "trainval" if carved and split in ("train", "val") else split
-
     def _table(self, base: str) -> IndexedFeatures:
         if base not in self._tables:
             self._tables[base] = self._cached(base)
@@ -273,7 +276,12 @@ class EvaluationJob:
         source, indices = self._open(split)
         shown = self._preprocessing
         executor = ViewExecutor(
-            views, size=shown.size, mean=shown.mean, std=shown.std, device=self.device, channels_last=False
+            views,
+            size=shown.size,
+            mean=shown.mean,
+            std=shown.std,
+            device=self.device,
+            channels_last=self._layout == torch.channels_last,
         )
         return TrainLoader(
             source,
@@ -298,60 +306,6 @@ class EvaluationJob:
             "data set": self._dataset.fingerprint(),
             "preprocessing": json_digest(asdict(self._preprocessing)),
         }
-
-
-_LABELS = {"classification": "one label per image", "multilabel": "several labels per image"}
-
-
-def check_task(protocol: EvalProtocol, dataset: Dataset) -> None:
-    """Refuse a protocol for one label per image on a data set with several, and the reverse.
-
-    A data set without labels passes here: it fails when the protocol opens a split.
-
-    Raises:
-        ConfigError: naming both.
-    """
-    misfit = task_misfit(type(protocol), dataset)
-    if misfit:
-        raise ConfigError(misfit, hint="sslbench list evals, or name another data set with --dataset")
-
-
-def task_misfit(protocol: type[EvalProtocol], dataset: Dataset) -> str | None:
-    """Why a protocol is not for a data set's kind of labels; None if it is."""
-    task = dataset.info.task
-    if task == "unlabelled" or task in protocol.tasks:
-        return None
-    taken = " or ".join(_LABELS[known] for known in sorted(protocol.tasks & _LABELS.keys()))
-    return f"data set '{dataset.name}' has {_LABELS[task]}; protocol '{protocol.name}' takes {taken or 'none'}"
-
-
-def check_split(protocol: EvalProtocol, split: str) -> None:
-    """Refuse a split the protocol did not declare, and ``test`` to all that could choose something.
-
-    Only protocols named ``test`` or ``test_...`` may open ``test``, and these may open neither ``train`` nor
-    ``val``: what they report was chosen before, by another protocol.
-
-    Raises:
-        PluginError: naming protocol and split.
-    """
-    reports = protocol.name == "test" or protocol.name.startswith("test_")
-    if split == "test" and not reports:
-        raise PluginError(
-            f"protocol '{protocol.name}' wants the split 'test', which only the protocol 'test' may open and "
-            "those named test_...",
-            hint="choose on 'val'; report with: sslbench eval test RUN",
-        )
-    if reports and split not in ("test", "trainval"):
-        raise PluginError(
-            f"protocol '{protocol.name}' wants the split '{split}', but what reports on 'test' chooses nothing",
-            hint="choose in another protocol, save what was chosen, and load it with job.load_from",
-        )
-    if split not in protocol.splits:
-        declared = ", ".join(sorted(protocol.splits)) or "none"
-        raise PluginError(
-            f"protocol '{protocol.name}' opens the split '{split}' without declaring it (declared: {declared})",
-            hint=f"add '{split}' to {type(protocol).__name__}.splits",
-        )
 
 
 def run_protocol(protocol: EvalProtocol, job: EvaluationJob) -> dict[str, float]:
@@ -399,6 +353,13 @@ def _load(path: Path, what: str, hint: str) -> dict[str, Any]:
     if not isinstance(content, dict):
         raise CheckpointError(f"{what} ({path}) holds something else", hint=hint)
     return content
+
+
+def _rows(table: Tensor, rows: Tensor) -> Tensor:
+    """Some rows of a table in ascending order; without a copy where they lie side by side."""
+    if len(rows) and int(rows[-1] - rows[0]) + 1 == len(rows):
+        return table[int(rows[0]) : int(rows[-1]) + 1]
+    return table[rows]
 
 
 def _share(table: IndexedFeatures | None, device: torch.device) -> IndexedFeatures:
