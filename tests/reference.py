@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import random
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import lru_cache
 
 import numpy as np
@@ -10,8 +12,8 @@ import torch
 from PIL import Image
 from sklearn.datasets import load_sample_image
 from torch import Tensor
+from torchvision.transforms import AutoAugment
 from torchvision.transforms import v2 as T
-from torchvision.transforms.v2 import functional as TF
 
 from sslbench.plugin.viewspec import Blur, ViewSpec
 
@@ -77,26 +79,47 @@ def _blur(blur: Blur, side: int) -> object:
     return T.GaussianBlur(2 * max(1, int(blur.kernel * side) // 2) + 1, sigma=blur.sigma)
 
 
+def _color_steps(spec: ViewSpec) -> list[object]:
+    steps: list[object] = []
+    if spec.jitter:
+        j = spec.jitter
+        steps.append(T.RandomApply([T.ColorJitter(j.brightness, j.contrast, j.saturation, j.hue)], p=j.p))
+    steps.append(T.RandomGrayscale(spec.gray))
+    if spec.blur:
+        assert spec.size is not None
+        steps.append(T.RandomApply([_blur(spec.blur, spec.size)], p=spec.blur.p))
+    return [*steps, T.RandomSolarize(128, spec.solarize)]
+
+
 def reference_transform(spec: ViewSpec, height: int, width: int) -> T.Compose:
     """PIL image to PIL image, random numbers from torch's and Python's global generators."""
     assert spec.size is not None
-    steps = _crop_steps(spec, height, width)
-    steps.append(T.RandomHorizontalFlip(spec.flip))
-    if spec.jitter:
-        j = spec.jitter
-        jitter = T.ColorJitter(j.brightness, j.contrast, j.saturation, j.hue)
-        steps.append(T.RandomApply([jitter], p=j.p))
-    steps.append(T.RandomGrayscale(spec.gray))
-    if spec.blur:
-        steps.append(T.RandomApply([_blur(spec.blur, spec.size)], p=spec.blur.p))
-    steps.append(T.RandomSolarize(128, spec.solarize))
-    return T.Compose(steps)
+    assert spec.near is None, "a crop that depends on another view's is not a transform of the image alone"
+    colors = _color_steps(spec)
+    if spec.autoaugment:
+        either = [AutoAugment(), T.Compose(colors)]
+        colors = [T.RandomChoice(either, p=[spec.autoaugment, 1 - spec.autoaugment])]
+    return T.Compose([*_crop_steps(spec, height, width), T.RandomHorizontalFlip(spec.flip), *colors])
+
+
+@contextmanager
+def seeded(seed: int) -> Iterator[None]:
+    """The global generators that transforms draw from, seeded; torch's is as before afterwards."""
+    random.seed(seed)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        yield
+
+
+def reference_view(image: Image.Image, spec: ViewSpec) -> Tensor:
+    """One random view of one image: float ``[3,S,S]`` in [0, 1]."""
+    return from_pil(_transform(spec, image.height, image.width)(image))
+
+
+_transform = lru_cache(maxsize=256)(reference_transform)
 
 
 def reference_views(spec: ViewSpec, images: Tensor, seed: int) -> Tensor:
     """One random view of each image: uint8 ``[N,3,H,W]`` to float ``[N,3,S,S]`` in [0, 1]."""
-    transform = reference_transform(spec, *images.shape[-2:])
-    random.seed(seed)
-    with torch.random.fork_rng():
-        torch.manual_seed(seed)
-        return torch.stack([TF.to_dtype(TF.to_image(transform(to_pil(i))), scale=True) for i in images])
+    with seeded(seed):
+        return torch.stack([reference_view(to_pil(image), spec) for image in images])
