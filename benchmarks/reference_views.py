@@ -3,7 +3,7 @@
     python benchmarks/reference_views.py pretrain --method simclr ...
 
 Everything else is the program's own: the order of samples, the training loop, the evaluations. Each image is
-decoded by Pillow whenever it is shown, and its views are torchvision's transforms of the same specifications, applied
+decoded by Pillow whenever it is shown; its views are torchvision's transforms of the same specifications, applied
 to Pillow images (tests/reference.py). Made to compare with; methods that use the geometry of crops get none.
 """
 
