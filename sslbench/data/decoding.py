@@ -1,51 +1,84 @@
-"""Worker processes that decode and crop images and leave everything else to the training process."""
+"""Worker processes that decode images and cut them into views; on a CPU they also give large views their colours.
+
+Pixels come back through memory that all processes share, in slots that are used again and again: no batch is
+copied through a queue, and no page is mapped twice.
+"""
 
 from __future__ import annotations
 
+import itertools
 import os
 import signal
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from sslbench.data.cache import read_or_reason
-from sslbench.data.cropping import Geometry, crop_image
+from sslbench.data.cropping import Geometry, crop_image, side_of
 from sslbench.data.imagefile import cores
+from sslbench.data.photometric import changes_colors
+from sslbench.data.retouch import Retouch, plan, retouch
 from sslbench.data.store import next_sample
 from sslbench.data.views import ViewExecutor
 from sslbench.plugin.api import Source
+from sslbench.plugin.viewspec import ViewSpec
 from sslbench.rng import Draws
 
 _MOST_WORKERS = 8
-_SMALLEST_CHUNK = 8
+_SMALLEST_TASK = 8
+_TASK_BYTES = 8 << 20
+_SMALLEST_RETOUCHED = 96
 
 
 class Chunk(NamedTuple):
-    """Part of one rank's batch: what one worker does at a time."""
+    """One rank's part of a batch."""
 
     step: int
     positions: Tensor
     """int64 ``[B]``: positions in the global batch."""
     samples: Tensor
     """int64 ``[B]``: numbers of the samples in the source."""
-    last: bool = True
-    """Whether it completes the batch."""
 
 
 class Decoded(NamedTuple):
-    """A decoded and cropped chunk."""
+    """The views of a chunk."""
 
     crops: list[Tensor]
     """Per view uint8 ``[B,3,S,S]``."""
+    colored: list[bool]
+    """Per view, whether it has its colours already."""
     sizes: Tensor
     """int64 ``[B,2]``: heights and widths of the source images."""
     samples: Tensor
     """int64 ``[B]``: the samples shown, which differ from those asked for where images are unreadable."""
     unreadable: dict[int, str]
-    last: bool = True
+
+
+class _Task(NamedTuple):
+    """What one worker does at a time. No tensors: a queue hands over the memory of each as an open file."""
+
+    slot: int
+    step: int
+    positions: NDArray[np.int64]
+    samples: NDArray[np.int64]
+    start: int
+    """First of these rows in the batch."""
+    total: int
+    """Rows of the batch."""
+
+
+class _Report(NamedTuple):
+    """What a worker tells about a task it has done."""
+
+    task: _Task
+    sizes: NDArray[np.int64]
+    samples: NDArray[np.int64]
+    unreadable: dict[int, str]
 
 
 def default_workers() -> int:
@@ -54,8 +87,8 @@ def default_workers() -> int:
     return max(1, min(_MOST_WORKERS, cores() // processes))
 
 
-class Decoder(Dataset[Decoded]):
-    """Chunk to decoded crops; a pure function of (seed, chunk) and the source.
+class Decoder:
+    """Chunk to views; a pure function of (seed, chunk) and the source, each row of its own position alone.
 
     Args:
         source: the images.
@@ -68,21 +101,32 @@ class Decoder(Dataset[Decoded]):
         self.source = source
         self.samples = samples.sort().values
         self.seed = seed
+        self.pinned = views.device.type == "cuda"
+        self.colored = [views.device.type == "cpu" and _is_retouched(spec) for spec in views.specs]
         # A copy on the CPU, so that no worker touches an accelerator.
         self.views = ViewExecutor(views.specs, size=1, mean=(0.0,) * 3, std=(1.0,) * 3, device=torch.device("cpu"))
 
-    def __getitem__(self, chunk: Chunk) -> Decoded:
+    def room(self, *shape: int, pinned: bool = False) -> list[Tensor]:
+        """Memory for the pixels of ``shape`` images: per view uint8 ``[*shape,3,S,S]``."""
+        sides = [side_of(spec) for spec in self.views.specs]
+        return [torch.empty(*shape, 3, side, side, dtype=torch.uint8, pin_memory=pinned) for side in sides]
+
+    def fill(self, chunk: Chunk, room: list[Tensor]) -> tuple[Tensor, Tensor, dict[int, str]]:
+        """Write the views of a chunk into ``room``; the rest of what :class:`Decoded` says is returned."""
         unreadable: dict[int, str] = {}
-        shown, images = [], []
-        for number in chunk.samples.tolist():
-            number, image = self._read(number, unreadable)
-            shown.append(number)
-            images.append(image)
+        shown, images = zip(*(self._read(number, unreadable) for number in chunk.samples.tolist()), strict=True)
         sizes = torch.tensor([image.shape[-2:] for image in images])
-        geometry = self.views.geometry(Draws(self.seed, chunk.step, chunk.positions), sizes)
-        crops = [crop_image(image, self.views.specs, _row(geometry, row)) for row, image in enumerate(images)]
-        stacked = [torch.stack(view) for view in zip(*crops, strict=True)]
-        return Decoded(stacked, sizes, torch.tensor(shown), unreadable, chunk.last)
+        draws = Draws(self.seed, chunk.step, chunk.positions)
+        geometry = self.views.geometry(draws, sizes)
+        colors = [
+            plan(spec, draws, f"view{number}") if colored else [None] * len(images)
+            for number, (spec, colored) in enumerate(zip(self.views.specs, self.colored, strict=True))
+        ]
+        for row, image in enumerate(images):
+            crops = crop_image(image, self.views.specs, [_row(where, row) for where in geometry])
+            for spec, crop, what, out in zip(self.views.specs, crops, colors, room, strict=True):
+                _write(crop, spec, what[row], out[row])
+        return sizes, torch.tensor(shown), unreadable
 
     def _read(self, number: int, unreadable: dict[int, str]) -> tuple[int, Tensor]:
         """The image, or the next readable one."""
@@ -94,8 +138,20 @@ class Decoder(Dataset[Decoded]):
         return number, image
 
 
-def _row(geometry: Sequence[Geometry], row: int) -> list[Geometry]:
-    return [Geometry(*(part[row : row + 1] for part in view)) for view in geometry]
+def _is_retouched(spec: ViewSpec) -> bool:
+    """Whether workers give such a view its colours: small ones gain more by operations on the whole batch."""
+    return changes_colors(spec) and side_of(spec) >= _SMALLEST_RETOUCHED
+
+
+def _write(crop: Tensor, spec: ViewSpec, what: Retouch | None, out: Tensor) -> None:
+    if what is None:
+        out.copy_(crop)
+    else:
+        retouch(crop, spec, what, out)
+
+
+def _row(geometry: Geometry, row: int) -> Geometry:
+    return Geometry(*(part[row : row + 1] for part in geometry))
 
 
 def decode(decoder: Decoder, batches: Iterable[Chunk], workers: int) -> Iterator[Decoded]:
@@ -103,48 +159,99 @@ def decode(decoder: Decoder, batches: Iterable[Chunk], workers: int) -> Iterator
 
     The workers end when the iterator is exhausted or closed.
     """
-    if workers == 0:
-        yield from map(decoder.__getitem__, batches)
+    batches = iter(batches)
+    first = next(batches, None)
+    if first is None:
         return
+    batches = itertools.chain([first], batches)
+    if workers == 0:
+        yield from (_decode_here(decoder, chunk) for chunk in batches)
+    else:
+        yield from _decode_elsewhere(decoder, batches, workers, len(first.samples))
+
+
+def _decode_here(decoder: Decoder, chunk: Chunk) -> Decoded:
+    room = decoder.room(len(chunk.samples), pinned=decoder.pinned)
+    return Decoded(room, decoder.colored, *decoder.fill(chunk, room))
+
+
+def _decode_elsewhere(decoder: Decoder, batches: Iterable[Chunk], workers: int, usual: int) -> Iterator[Decoded]:
+    """Decode in worker processes, which stay about two batches of the usual size ahead."""
+    bytes_per_image = sum(view.numel() for view in decoder.room(1))
+    rows = max(_SMALLEST_TASK, min(-(-usual // workers), _TASK_BYTES // bytes_per_image))
+    ahead = max(2, -(-2 * usual // (rows * workers)))
+    # The loader hands out tasks up to ahead*workers beyond the one it returns, which is copied before the next.
+    slots = ahead * workers + 1
+    shared = [view.share_memory_() for view in decoder.room(slots, rows)]  # type: ignore[no-untyped-call]
     loader = DataLoader(
-        decoder,
-        sampler=_cut(batches, workers),
+        _Workshop(decoder, shared),
+        sampler=_cut(batches, rows, slots),
         batch_size=None,
         num_workers=workers,
         collate_fn=_unchanged,
         worker_init_fn=_start_worker,
-        prefetch_factor=4,
+        prefetch_factor=ahead,
         generator=torch.Generator(),  # without one, each loader would advance torch's global generator
     )
-    parts: list[Decoded] = []
-    for part in loader:
-        parts.append(part)
-        if part.last:
-            yield _join(parts)
+    yield from _assemble(decoder, shared, loader)
+
+
+class _Workshop(Dataset[_Report]):
+    """The workers' side: tasks to filled slots."""
+
+    def __init__(self, decoder: Decoder, shared: list[Tensor]) -> None:
+        self.decoder = decoder
+        self.shared = shared
+
+    def __getitem__(self, task: _Task) -> _Report:
+        chunk = Chunk(task.step, torch.from_numpy(task.positions), torch.from_numpy(task.samples))
+        sizes, samples, unreadable = self.decoder.fill(chunk, _filled(self.shared, task))
+        return _Report(task, sizes.numpy(), samples.numpy(), unreadable)
+
+
+def _filled(shared: list[Tensor], task: _Task) -> list[Tensor]:
+    return [view[task.slot, : len(task.samples)] for view in shared]
+
+
+def _cut(batches: Iterable[Chunk], rows: int, slots: int) -> Iterator[_Task]:
+    """Cut each batch so that all workers share it: the first one arrives sooner than with a batch per worker."""
+    slot = itertools.cycle(range(slots))
+    for step, positions, samples in batches:
+        for start in range(0, len(samples), rows):
+            part = slice(start, start + rows)
+            yield _Task(
+                next(slot), step, positions[part].numpy(), samples[part].numpy(), start, total=len(samples)
+            )
+
+
+def _assemble(decoder: Decoder, shared: list[Tensor], reports: Iterable[_Report]) -> Iterator[Decoded]:
+    """Copy the tasks' rows out of their slots into whole batches."""
+    parts: list[_Report] = []
+    crops: list[Tensor] = []
+    for report in reports:
+        start, total = report.task.start, report.task.total
+        crops = crops if parts else decoder.room(total, pinned=decoder.pinned)
+        for batch, view in zip(crops, _filled(shared, report.task), strict=True):
+            batch[start : start + len(view)] = view
+        parts.append(report)
+        if start + len(report.samples) == total:
+            yield _whole(decoder, crops, parts)
             parts = []
 
 
-def _cut(batches: Iterable[Chunk], workers: int) -> Iterator[Chunk]:
-    """Cut each batch so that all workers share it: the first one arrives sooner than with a batch per worker."""
-    for step, positions, samples, _ in batches:
-        rows = max(_SMALLEST_CHUNK, -(-len(samples) // workers))
-        starts = range(0, len(samples), rows)
-        for start in starts:
-            part = slice(start, start + rows)
-            yield Chunk(step, positions[part], samples[part], last=start == starts[-1])
-
-
-def _join(parts: list[Decoded]) -> Decoded:
-    views = zip(*(part.crops for part in parts), strict=True)
+def _whole(decoder: Decoder, crops: list[Tensor], parts: Sequence[_Report]) -> Decoded:
     unreadable: dict[int, str] = {}
     for part in parts:
         unreadable |= part.unreadable
-    sizes, samples = torch.cat([part.sizes for part in parts]), torch.cat([part.samples for part in parts])
-    return Decoded([torch.cat(view) for view in views], sizes, samples, unreadable)
+    sizes, samples = (
+        torch.from_numpy(np.concatenate(values))
+        for values in ([part.sizes for part in parts], [part.samples for part in parts])
+    )
+    return Decoded(crops, decoder.colored, sizes, samples, unreadable)
 
 
-def _unchanged(decoded: Any) -> Any:
-    return decoded
+def _unchanged(report: Any) -> Any:
+    return report
 
 
 def _start_worker(_worker: int) -> None:

@@ -187,7 +187,7 @@ class TrainLoader:
         store = self.store
         assert isinstance(store, ResidentStore)
         shown = _replacements(self._samples, set(store.unreadable.reasons), len(self.source))
-        for step, positions, samples, _ in chunks:
+        for step, positions, samples in chunks:
             samples = samples if shown is None else shown[samples]
             draws = Draws(self.seed, step, positions)
             sizes = torch.tensor(store.image_size).expand(len(samples), 2)
@@ -256,7 +256,7 @@ def finish_decoded(views: ViewExecutor, decoded: Decoded, draws: Draws, device: 
     """Bring decoded crops to the device and give them their colours. The geometry is recomputed, not sent."""
     geometry = views.geometry(draws, decoded.sizes)
     crops = [_to_device(crop, device) for crop in decoded.crops]
-    return views.finish(crops, geometry, draws, decoded.sizes)
+    return views.finish(crops, geometry, draws, decoded.sizes, decoded.colored)
 
 
 def _to_device(tensor: Tensor, device: torch.device) -> Tensor:

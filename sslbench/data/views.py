@@ -13,7 +13,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from sslbench.data.augment import normalize
+from sslbench.data.augment import normalize, normalize_levels
 from sslbench.data.boxes import CROP_TRIES, center_box, overlapping_box, padded_box, random_resized_box
 from sslbench.data.cropping import Geometry, side_of
 from sslbench.data.photometric import augment_colors
@@ -138,7 +138,12 @@ class ViewExecutor:
         return resample(rows, vertical, horizontal)
 
     def finish(
-        self, crops: list[Tensor], geometry: list[Geometry], draws: Draws, sizes: Tensor
+        self,
+        crops: list[Tensor],
+        geometry: list[Geometry],
+        draws: Draws,
+        sizes: Tensor,
+        colored: Sequence[bool] | None = None,
     ) -> tuple[View, ...]:
         """Colour operations and normalisation.
 
@@ -147,16 +152,23 @@ class ViewExecutor:
             geometry: what the crops were cut with.
             draws: the random numbers the geometry was drawn with.
             sizes: int64 ``[B,2]`` heights and widths of the source images, on the CPU.
+            colored: per view, whether its crops, then uint8, have their colours already; None: none has.
         """
+        done = colored or [False] * len(crops)
         return tuple(
-            self._finish_view(v, crop, g, draws, sizes)
+            self._finish_view(v, crop, g, None if done[v] else draws, sizes)
             for v, (crop, g) in enumerate(zip(crops, geometry, strict=True))
         )
 
-    def _finish_view(self, number: int, crop: Tensor, geometry: Geometry, draws: Draws, sizes: Tensor) -> View:
-        images = crop if crop.is_floating_point() else crop.float().div_(255)
-        images = augment_colors(images, self.specs[number], draws, f"view{number}")
-        images = normalize(images, self.mean, self.std).contiguous(memory_format=self.memory_format)
+    def _finish_view(
+        self, number: int, crop: Tensor, geometry: Geometry, draws: Draws | None, sizes: Tensor
+    ) -> View:
+        if draws is None:
+            images = normalize_levels(crop, self.mean, self.std, self.memory_format)
+        else:
+            images = crop if crop.is_floating_point() else crop.float().div_(255)
+            images = augment_colors(images, self.specs[number], draws, f"view{number}")
+            images = normalize(images, self.mean, self.std).contiguous(memory_format=self.memory_format)
         source_size = sizes.flip(1).float()
         box = geometry.box / source_size.repeat(1, 2)
         return View(images, *(t.to(self.device, non_blocking=True) for t in (box, geometry.flip, source_size)))
