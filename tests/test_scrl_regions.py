@@ -128,7 +128,7 @@ def test_jitter_moves_and_scales_by_the_original_sides() -> None:
 def test_iou_value() -> None:
     a = torch.tensor([[[0.0, 0.0, 2.0, 2.0], [5.0, 5.0, 6.0, 6.0]]])
     b = torch.tensor([[[1.0, 1.0, 3.0, 3.0]]])
-    torch.testing.assert_close(iou(a, b), torch.tensor([[[1 / 7], [0.0]]]))
+    torch.testing.assert_close(iou(a[:, :, None], b[:, None]), torch.tensor([[[1 / 7], [0.0]]]))
 
 
 def test_first_distinct_takes_the_first_try_that_keeps_away_and_else_the_last() -> None:
@@ -156,7 +156,7 @@ def sample(
 
 def violations(boxes: torch.Tensor, threshold: float) -> float:
     """Percentage of boxes that overlap an earlier one of their image by ``threshold`` or more."""
-    overlaps = iou(boxes, boxes).tril(diagonal=-1)
+    overlaps = iou(boxes[:, :, None], boxes[:, None]).tril(diagonal=-1)
     return 100 * float((overlaps.amax(dim=2) >= threshold).float().mean())
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor, nn
 
+from sslbench.nn.pooling import halve
 from sslbench.plugin.api import Backbone, Features, Options
 from sslbench.plugin.hooks import hookimpl
 
@@ -34,7 +35,6 @@ class Conv4(Backbone):
         self.block2 = _block(8, 16)
         self.block3 = _block(16, 32)
         self.block4 = _block(32, 64)
-        self.pool = nn.AvgPool2d(2)
         for module in self.modules():
             if isinstance(module, nn.Conv2d):
                 nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
@@ -42,9 +42,9 @@ class Conv4(Backbone):
     def forward(self, images: Tensor) -> Features:
         """``[B,3,H,W]`` to features of 64 channels."""
         stem = self.block1(images)
-        x = self.pool(stem)
+        x = halve(stem)
         for block in (self.block2, self.block3):
-            x = self.pool(block(x))
+            x = halve(block(x))
         x = self.block4(x)
         return Features(pooled=x.mean((2, 3)), map=x, stem=stem)
 

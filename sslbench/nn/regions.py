@@ -192,27 +192,36 @@ def first_distinct(candidates: Tensor, threshold: float) -> Tensor:
     Returns:
         int64 ``[B,K]`` try numbers; the last one where no try succeeds.
     """
-    picks = [torch.zeros(len(candidates), dtype=torch.int64, device=candidates.device)]
-    chosen = candidates[:, :1, 0]
-    for tries in candidates.unbind(dim=1)[1:]:
-        accepted = iou(tries, chosen).amax(dim=2) < threshold
-        accepted[:, -1] = True
-        pick = accepted.byte().argmax(dim=1)
+    free = torch.ones(candidates.shape[:3], dtype=torch.bool, device=candidates.device)
+    picks = []
+    for number in range(candidates.shape[1]):
+        pick = _first_or_last(free[:, number])
         picks.append(pick)
-        chosen = torch.cat([chosen, tries.take_along_dim(pick[:, None, None], dim=1)], dim=1)
+        chosen = candidates[:, number].take_along_dim(pick[:, None, None], dim=1)
+        free[:, number + 1 :] &= iou(candidates[:, number + 1 :], chosen[:, None]) < threshold
     return torch.stack(picks, dim=1)
 
 
+def _first_or_last(free: Tensor) -> Tensor:
+    """int64 ``[B]``: the number of the first True of each row of bool ``[B,T]``, else of the last entry."""
+    free[:, -1] = True
+    return free.byte().argmax(dim=1)
+
+
 def iou(a: Tensor, b: Tensor) -> Tensor:
-    """Intersection over union of ``[B,n,4]`` with ``[B,m,4]`` boxes, as ``[B,n,m]``."""
-    a, b = a[:, :, None], b[:, None]
-    low, high = torch.maximum(a[..., :2], b[..., :2]), torch.minimum(a[..., 2:], b[..., 2:])
-    shared = (high - low).clamp_min(0).prod(dim=-1)
+    """Intersection over union of boxes ``[...,4]`` with boxes ``[...,4]`` of a shape that broadcasts, ``[...]``."""
+    left, top, right, bottom = a.unbind(-1)
+    other_left, other_top, other_right, other_bottom = b.unbind(-1)
+    width = torch.minimum(right, other_right) - torch.maximum(left, other_left)
+    height = torch.minimum(bottom, other_bottom) - torch.maximum(top, other_top)
+    shared = width.clamp_min_(0) * height.clamp_min_(0)
     return shared / (_area(a) + _area(b) - shared)
 
 
 def _area(boxes: Tensor) -> Tensor:
-    return (boxes[..., 2:] - boxes[..., :2]).prod(dim=-1)
+    # Products along a dimension of two entries are slow.
+    width, height = (boxes[..., 2:] - boxes[..., :2]).unbind(-1)
+    return width * height
 
 
 def jittered(boxes: Tensor, factors: Tensor) -> Tensor:
