@@ -15,7 +15,7 @@ from sslbench_plugins.methods.deepinfomax import (
     DeepInfoMaxConfig,
     GlobalDiscriminator,
     LocalDiscriminator,
-    next_image,
+    previous_image,
 )
 from torch import Tensor, nn
 
@@ -79,8 +79,8 @@ def test_a_known_value():
     assert made(one_view())["loss"].item() == pytest.approx(math.log(4 / 3) + math.log(4))
 
 
-def test_the_next_image_comes_from_one_row_below_and_the_last_row_gets_the_first():
-    assert next_image(torch.arange(4.0)[:, None]).flatten().tolist() == [1, 2, 3, 0]
+def test_the_previous_image_comes_from_one_row_above_and_the_first_row_gets_the_last():
+    assert previous_image(torch.arange(4.0)[:, None]).flatten().tolist() == [3, 0, 1, 2]
 
 
 def test_strangers_are_the_cells_of_the_next_image():

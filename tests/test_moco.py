@@ -352,11 +352,12 @@ def test_shuffling_changes_the_company_of_a_key_with_the_step() -> None:
     data = batch()
     shuffled, plain = moco_method(), moco_method(shuffle_bn=False)
     images = data.views[1].images
-    keys = {step: shuffled._encode_keys(images, batch(step=step).uniform()).projected for step in (0, 0, 1)}
+    numbers = {step: batch(step=step).uniform() for step in (0, 1)}
+    keys = {step: shuffled._encode_keys(images, numbers[step])["projected"] for step in numbers}
     assert not torch.allclose(keys[0], keys[1], atol=1e-4)
-    unshuffled = plain._encode_keys(images, data.uniform()).projected
+    unshuffled = plain._encode_keys(images, data.uniform())["projected"]
     assert not torch.allclose(keys[0], unshuffled, atol=1e-4)
-    together = moco_method(bn_groups=1)._encode_keys(images, data.uniform()).projected
+    together = moco_method(bn_groups=1)._encode_keys(images, data.uniform())["projected"]
     assert not torch.allclose(keys[0], together, atol=1e-4)
 
 
@@ -423,3 +424,9 @@ def test_parameter_counts_of_the_published_model() -> None:
     assert count(method.projector) == 4_458_624
     assert count(method.backbone, method.projector) == 27_966_656
     assert count(method.key_backbone, method.key_projector) == 27_966_656
+
+
+@pytest.mark.parametrize(("knn_weight", "gathered"), [(0.0, {"projected"}), (0.4, {"projected", "pooled"})])
+def test_ranks_exchange_only_what_the_queue_keeps(knn_weight, gathered) -> None:
+    keys = moco_method(knn_weight=knn_weight, knn_topk=3)._encode_keys(batch().views[1].images, torch.rand(8))
+    assert set(keys) == gathered

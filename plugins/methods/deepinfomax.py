@@ -61,17 +61,17 @@ class LocalDiscriminator(nn.Module):
         super().__init__()
         self.dims = [dim, map_dim]
         self.first = nn.Linear(dim + map_dim, hidden)
-        self.rest = nn.Sequential(nn.ReLU(), *mlp(hidden, hidden, 1, norm=False))
+        self.rest = nn.Sequential(nn.ReLU(inplace=True), *mlp(hidden, hidden, 1, norm=False))
 
     def forward(self, vectors: Tensor, cells: Tensor) -> Tensor:
-        """Logits ``[B,P]`` of the vectors ``[B,d]`` with the cells ``[B,P,c]``.
+        """Logits ``[...,B,P]`` of one or more sets of vectors ``[...,B,d]`` with the cells ``[B,P,c]``.
 
-        The first layer sees a vector and a cell side by side. It is linear, so each is multiplied on its own and
-        the vector once per image instead of once per cell.
+        The first layer sees a vector and a cell side by side. It is linear, so each is multiplied on its own: a
+        vector once instead of for every cell, and a cell once for all sets of vectors.
         """
         for_vectors, for_cells = torch.split(self.first.weight, self.dims, dim=1)
         of_vectors = F.linear(vectors, for_vectors, self.first.bias)
-        logits: Tensor = self.rest(of_vectors[:, None] + F.linear(cells, for_cells))
+        logits: Tensor = self.rest(of_vectors.unsqueeze(-2) + F.linear(cells, for_cells))
         return logits.squeeze(-1)
 
 
@@ -121,12 +121,13 @@ class DeepInfoMax(Method):
         features = self.backbone(batch.views[0].images)
         assert features.stem is not None
         vectors, terms = features.pooled, {}
+        strangers = previous_image(vectors)
         if self.local is not None:
             cells = self._cells(features.stem, batch)
-            terms["local"] = _jsd(self.local(vectors, cells), self.local(vectors, next_image(cells)))
+            terms["local"] = _jsd(*self.local(torch.stack([vectors, strangers]), cells))
         if self.whole is not None:
             summaries = self.whole.summary(features.stem)
-            terms["global"] = _jsd(self.whole(vectors, summaries), self.whole(vectors, next_image(summaries)))
+            terms["global"] = _jsd(self.whole(vectors, summaries), self.whole(strangers, summaries))
         if self.prior is not None:
             uniform = batch.uniform(vectors.shape[1])
             terms["prior"] = _jsd(self.prior(uniform), self.prior(vectors))
@@ -143,11 +144,10 @@ class DeepInfoMax(Method):
         return cells.gather(1, drawn[:, :, None].expand(-1, -1, cells.shape[2]))
 
 
-def next_image(rows: Tensor) -> Tensor:
-    """``[B,...]`` of each image's successor in the global batch; the last one is followed by the first."""
-    successors = comm.gather(rows[:1])
-    successor = (comm.rank() + 1) % comm.world()
-    return torch.cat([rows[1:], successors[successor : successor + 1]])
+def previous_image(rows: Tensor) -> Tensor:
+    """``[B,...]`` of each image's predecessor in the global batch; the first one follows the last."""
+    last = comm.gather(rows[-1:])
+    return torch.cat([last[comm.rank() - 1, None], rows[:-1]])
 
 
 def _jsd(of_pairs: Tensor, of_strangers: Tensor) -> Tensor:

@@ -115,11 +115,10 @@ class MoCo(Method):
     def forward(self, batch: Batch) -> dict[str, Tensor]:
         query, key, *further = batch.views
         queries = self._encode_queries([query, *further])
-        keys = self._encode_keys(key.images, batch.uniform())
-        self._newest = {name: getattr(keys, name) for name in self.queue.names}
+        self._newest = self._encode_keys(key.images, batch.uniform())
         per_image = len(queries.projected) // len(batch)
         start = comm.row_offset(key.images)
-        own = keys.projected[start : start + len(batch)].repeat_interleave(per_image, dim=0)
+        own = self._newest["projected"][start : start + len(batch)].repeat_interleave(per_image, dim=0)
         with no_autocast(queries.projected):
             return self._losses(queries, own, batch.step)
 
@@ -161,16 +160,18 @@ class MoCo(Method):
         return pooled.view(*images.shape[:2], -1)
 
     @torch.no_grad()
-    def _encode_keys(self, images: Tensor, numbers: Tensor) -> _Encoded:
-        """Keys of all ranks' images, in rank order."""
+    def _encode_keys(self, images: Tensor, numbers: Tensor) -> dict[str, Tensor]:
+        """Rows of all ranks' images for the sets of the queue, in rank order."""
 
         def encode(images: Tensor) -> Tensor:
             pooled = self.key_backbone(images).pooled
-            return torch.cat(_normalised(self.key_projector(pooled), pooled), dim=1)
+            keys = _normalised(self.key_projector(pooled), pooled)
+            return torch.cat([getattr(keys, name) for name in self.queue.names], dim=1)
 
         shuffled = self.cfg.shuffle_bn and self.cfg.bn_groups > 1
         rows = encode_shuffled(encode, images, numbers) if shuffled else comm.gather(encode(images))
-        return _Encoded(*torch.split(rows, [self.cfg.out_dim, self.backbone.dim], dim=1))
+        widths = [self.queue[name].shape[1] for name in self.queue.names]
+        return dict(zip(self.queue.names, torch.split(rows, widths, dim=1), strict=True))
 
     def start_epoch(self, epoch: int, images: api.TrainingImages) -> None:
         check_statistics(self, self.cfg.bn_groups)

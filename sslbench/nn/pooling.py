@@ -23,4 +23,6 @@ def halve(maps: Tensor) -> Tensor:
 
 
 def _convolves_fast(maps: Tensor) -> bool:
-    return maps.device.type == "cpu" and maps.dtype == torch.float32 and torch.backends.mkldnn.is_available()
+    exact = maps.dtype == torch.float32 and not torch.is_autocast_enabled("cpu")
+    available: bool = torch.backends.mkldnn.is_available()  # type: ignore[no-untyped-call]
+    return maps.device.type == "cpu" and exact and available

@@ -209,7 +209,7 @@ def _first_or_last(free: Tensor) -> Tensor:
 
 
 def iou(a: Tensor, b: Tensor) -> Tensor:
-    """Intersection over union of boxes ``[...,4]`` with boxes ``[...,4]`` of a shape that broadcasts, ``[...]``."""
+    """Intersection over union ``[...]`` of two sets of boxes ``[...,4]`` whose shapes broadcast."""
     left, top, right, bottom = a.unbind(-1)
     other_left, other_top, other_right, other_bottom = b.unbind(-1)
     width = torch.minimum(right, other_right) - torch.maximum(left, other_left)
