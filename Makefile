@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 DEMO := demo-run
 SSLBENCH := $(CURDIR)/$(BIN)/sslbench
 
-.PHONY: demo test slow lint docs clean install test-install
+.PHONY: demo test slow lint docs bench bench-quick clean install test-install
 
 install: $(VENV)/.installed
 test-install: $(VENV)/.installed-dev
@@ -48,6 +48,18 @@ lint: $(VENV)/.installed-dev
 
 docs: $(VENV)/.installed
 	$(BIN)/python -m sslbench.report.reference docs/reference
+
+# Measures for some 35 minutes; wants a machine that nothing else uses. PEER: a Python that can import lightly.
+PEER ?= $(BIN)/python
+bench: $(VENV)/.installed
+	$(BIN)/python benchmarks/peers.py --peer-python $(PEER)
+	$(BIN)/python benchmarks/peers.py --peer-python $(PEER) --backbone resnet18
+	$(BIN)/python benchmarks/phases.py
+	$(BIN)/python benchmarks/scaling.py
+	$(BIN)/python benchmarks/start.py
+
+bench-quick: $(VENV)/.installed
+	for name in peers phases scaling start; do $(BIN)/python benchmarks/$$name.py --quick || exit 1; done
 
 clean:
 	rm -rf $(DEMO) build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache

@@ -18,6 +18,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cache
 from importlib.metadata import PackageNotFoundError, version
 from itertools import groupby
 from pathlib import Path
@@ -62,6 +63,8 @@ class Report:
     failures: dict[str, str] = field(default_factory=dict)
     env: Mapping[str, str] = field(default_factory=dict)
     """Of all programs."""
+    limit: float | None = QUIET
+    """Cores in other use that disturb a window; None: nothing does."""
 
     def add(self, case: Case, number: int, sample: Sample) -> None:
         self.samples.append({"group": case.group, "case": case.name, "round": number, **sample})
@@ -122,21 +125,18 @@ def open_report(options: argparse.Namespace, render: Callable[[Report], str]) ->
     """A quick run never replaces real results."""
     scratch = Path(tempfile.gettempdir(), "sslbench-quick")
     env = {"OMP_NUM_THREADS": str(options.threads)} if options.threads else {}
-    return Report(options.name, options.out or (scratch if options.quick else HERE / "results"), render, env=env)
+    out = options.out or (scratch if options.quick else HERE / "results")
+    return Report(options.name, out, render, env=env, limit=None if options.quick else QUIET)
 
 
-def measure(cases: Sequence[Case], rounds: int, report: Report, limit: float | None = QUIET) -> None:
-    """Run all cases, group by group, in interleaved rounds.
-
-    Args:
-        limit: what counts as disturbed; None: nothing.
-    """
+def measure(cases: Sequence[Case], rounds: int, report: Report) -> None:
+    """Run all cases, group by group, in interleaved rounds."""
     for _, members in groupby(cases, key=lambda case: case.group):
         for number, case in _interleaved(list(members), rounds):
             if f"{case.group}, {case.name}" in report.failures:
                 continue
             try:
-                sample = _undisturbed(case, report, limit)
+                sample = _undisturbed(case, report)
             except ChildProcessError as error:
                 report.fail(case, str(error))
                 print(f"{case.group}, {case.name}: failed: {error}", file=sys.stderr)
@@ -150,18 +150,20 @@ def _interleaved(cases: Sequence[Case], rounds: int) -> Iterator[tuple[int, Case
         yield from ((number, case) for case in cases if number < (case.rounds or rounds))
 
 
-def _undisturbed(case: Case, report: Report, limit: float | None) -> Sample:
+def _undisturbed(case: Case, report: Report) -> Sample:
     for _ in range(REPEATS):
         sample = run(case, report.env)
-        if limit is None or not _disturbed(sample, limit):
+        if not _disturbed(sample, report.limit):
             return sample
         report.dropped += 1
     sample = run(case, report.env)
-    return sample | {"disturbed": limit is not None and _disturbed(sample, limit)}
+    return sample | {"disturbed": _disturbed(sample, report.limit)}
 
 
-def _disturbed(sample: Sample, limit: float) -> bool:
+def _disturbed(sample: Sample, limit: float | None) -> bool:
     windows = [sample, *(value for value in sample.values() if isinstance(value, dict))]
+    if limit is None:
+        return False
     return any(window.get(key, 0.0) > limit for window in windows for key in ("others", "stolen"))
 
 
@@ -225,6 +227,7 @@ def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     return "\n".join([*lines, *("| " + " | ".join(row) + " |" for row in rows)])
 
 
+@cache
 def machine() -> dict[str, Any]:
     """Hardware, date, command and commit."""
     return {

@@ -11,10 +11,12 @@ import argparse
 import json
 
 from sslbench.engine.machine import prepare_process
+from sslbench.terminal import prepare_environment
 
 
 def main() -> None:
     options = parse()
+    prepare_environment()
     prepare_process()
     from training import measure  # imports torch, which must find the process prepared
 

@@ -16,8 +16,10 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from harness import QUIET, Case, Report, arguments, measure, open_report, python, ratio, spread, table
+from harness import Case, Report, arguments, measure, open_report, python, ratio, spread, table
 from images import image_file
+
+from sslbench.engine.layout import has_fast_bf16
 
 WAYS: dict[str, dict[str, str]] = {
     "as shipped": {},
@@ -69,12 +71,7 @@ def main() -> None:
     with image_file(options.data, 20_000 if options.quick else 50_000, side=32) as images:
         cases = [case for method in options.methods for case in contrast(method, str(images), options)]
         cases += [case for views in options.relations for case in relation(views, str(images), options)]
-        measure(
-            cases,
-            1 if options.quick else options.rounds or setting.rounds,
-            report,
-            None if options.quick else QUIET,
-        )
+        measure(cases, 1 if options.quick else options.rounds or setting.rounds, report)
     print(render(report))
 
 
@@ -145,7 +142,7 @@ def relation(views: int, images: str, options: argparse.Namespace) -> list[Case]
 def ours(group: str, *chosen: str, windows: tuple[object, ...]) -> list[Case]:
     """In its automatic settings, and in bf16 where the CPU computes in it."""
     cases = [Case(group, "sslbench", python("ours.py", *chosen, "train.precision=fp32", *windows))]
-    if torch.cpu._is_amx_tile_supported():
+    if has_fast_bf16(torch.device("cpu")):
         cases.append(Case(group, "sslbench bf16", python("ours.py", *chosen, "train.precision=bf16", *windows)))
     return cases
 

@@ -67,7 +67,7 @@ def render(report: Report) -> str:
 
 def row(report: Report, backbone: str, method: str) -> list[str]:
     def median(key: str) -> float:
-        return statistics.median(report.values(backbone, method, key).values())
+        return float(statistics.median(report.values(backbone, method, key).values()))
 
     spent = [median(f"phases.milliseconds.{phase}") for phase in PHASES]
     cells = [f"{part:.1f} ({100 * part / sum(spent):.0f})" for part in spent]

@@ -74,7 +74,7 @@ def main() -> None:
         drop_last=True,
         num_workers=options.workers,
     )
-    window = Window(options.seconds)
+    window = Window(options.seconds, options.warmup)
     last = train(parts.method, optimizer, epochs(loader), window)
     result: dict[str, Any] = window.result(options.batch)
     if options.ceiling:
@@ -92,6 +92,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--batch", type=int, default=64)
     parser.add_argument("--workers", type=int, default=2)
     parser.add_argument("--seconds", type=float, default=4)
+    parser.add_argument("--warmup", type=float, default=1.5)
     parser.add_argument("--ceiling", type=float, default=0)
     return parser.parse_args()
 

@@ -50,13 +50,14 @@ def main() -> None:
         if any(AXES[name].photos for name in options.axes):
             write_photos(photos, PHOTOS, PHOTO_SIDE)
         cases = [case for name in options.axes for case in points(name, images, photos, options)]
-        measure(cases, 1 if options.quick else 3, report)
+        measure(cases, 1 if options.quick else options.rounds, report)
     print(render(report))
 
 
 def parse() -> argparse.Namespace:
     parser = arguments(__doc__, "scaling")
     parser.add_argument("--axes", nargs="*", choices=AXES, default=tuple(AXES))
+    parser.add_argument("--rounds", type=int, default=2)
     parser.add_argument("--backbone", default="conv4")
     parser.add_argument("--device", default="cpu")
     return parser.parse_args()

@@ -67,7 +67,9 @@ def first_step(folder: Path, report: Report) -> float:
     folder.mkdir(parents=True, exist_ok=True)
     before = set(folder.glob("runs/*/metrics.jsonl"))
     began = time.perf_counter()
-    with subprocess.Popen(PRETRAIN, cwd=folder, env=environment(report), stderr=subprocess.DEVNULL) as process:
+    with subprocess.Popen(
+        PRETRAIN, cwd=folder, env=environment(report), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+    ) as process:
         while not written(folder, before):
             if process.poll() is not None and not written(folder, before):
                 raise SystemExit(f"sslbench pretrain ended with exit code {process.returncode} and no metrics")

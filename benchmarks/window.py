@@ -32,7 +32,7 @@ class Window:
     """A warm-up, then steps for about ``seconds``.
 
     Args:
-        seconds: length of the window; it ends with a step, after two at least.
+        seconds: least length of the window; it ends with a step.
         warmup: seconds of the warm-up.
         warmup_steps: also so many steps, which empties what a loader has fetched ahead; given up after 3 s,
             because what is fetched ahead does not matter where a step takes that long.
@@ -72,7 +72,7 @@ class Window:
                 self._began = time.perf_counter()
             return False
         self.steps += 1
-        if self.steps < 2 or time.perf_counter() - self._began < self.length:
+        if time.perf_counter() - self._began < self.length:
             return False
         self.synchronize()
         self.seconds = time.perf_counter() - self._began
