@@ -9,15 +9,20 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Iterable, Iterator, Sequence
+from contextlib import closing
 from functools import lru_cache
 from itertools import tee
 
 import numpy as np
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
+from sslbench.config.schema import DataOptions
+from sslbench.data.cache import MappedPixels
 from sslbench.data.decoding import Chunk, Decoded, Decoder, decode, default_workers
-from sslbench.data.store import ResidentStore, Store, Unreadable, next_sample
+from sslbench.data.prefetch import Batches, prefetched
+from sslbench.data.store import ResidentStore, Store, Unreadable, mapped_pixels, next_sample, rows, to_device
 from sslbench.data.views import ViewExecutor
 from sslbench.errors import ConfigError, DataError
 from sslbench.plugin.api import Batch, Source, View
@@ -79,7 +84,8 @@ class TrainLoader:
         self.seed = seed
         self.device = torch.device(device)
         self.wait_seconds = 0.0
-        """Time spent on producing batches or waiting for them."""
+        """Time that training waited for batches: all of making them where they are made inline; on an accelerator
+        what the host does for them, not what the device does beside the step before."""
         self._samples = torch.arange(len(source)) if indices is None else indices
         self.num_images = len(self._samples)
         """Training images over all ranks."""
@@ -124,9 +130,10 @@ class TrainLoader:
         Raises:
             DataError: more than ``data.max_unreadable`` images are unreadable.
         """
-        batches = self._produce((self._chunk(step) for step in range(start_step, stop_step)), self.views)
-        while (batch := self._timed_next(batches)) is not None:
-            yield batch
+        chunks = (self._chunk(step) for step in range(start_step, stop_step))
+        with closing(prefetched(self._produce(chunks, self.views), self.device)) as batches:
+            while (batch := self._timed_next(batches)) is not None:
+                yield batch
 
     @property
     def images(self) -> ImagePasses:
@@ -158,7 +165,7 @@ class TrainLoader:
         positions = positions[rows.start : rows.stop]
         return Chunk(step, positions, self._samples[positions])
 
-    def _produce(self, chunks: Iterable[Chunk], views: ViewExecutor) -> Iterator[Batch]:
+    def _produce(self, chunks: Iterable[Chunk], views: ViewExecutor) -> Batches:
         return (self._resident if isinstance(self.store, ResidentStore) else self._decoded)(chunks, views)
 
     def _timed_next(self, batches: Iterator[Batch]) -> Batch | None:
@@ -183,7 +190,7 @@ class TrainLoader:
         window = _windows(int(self._blocks.max()) + 1, generator)
         return order[window[self._blocks[order]].argsort(stable=True)]
 
-    def _resident(self, chunks: Iterable[Chunk], views: ViewExecutor) -> Iterator[Batch]:
+    def _resident(self, chunks: Iterable[Chunk], views: ViewExecutor) -> Batches:
         store = self.store
         assert isinstance(store, ResidentStore)
         shown = _replacements(self._samples, set(store.unreadable.reasons), len(self.source))
@@ -195,7 +202,7 @@ class TrainLoader:
             crops = views.crop(store.take(samples), geometry)
             yield self._batch(views.finish(crops, geometry, draws, sizes), samples, draws)
 
-    def _decoded(self, chunks: Iterable[Chunk], views: ViewExecutor) -> Iterator[Batch]:
+    def _decoded(self, chunks: Iterable[Chunk], views: ViewExecutor) -> Batches:
         decoder = Decoder(self.source, self._samples, views, self.seed)
         asked, decoding = tee(chunks)
         for chunk, decoded in zip(asked, decode(decoder, decoding, self._workers), strict=True):
@@ -255,14 +262,8 @@ def _replacements(samples: Tensor, unreadable: set[int], total: int) -> Tensor |
 def finish_decoded(views: ViewExecutor, decoded: Decoded, draws: Draws, device: torch.device) -> tuple[View, ...]:
     """Bring decoded crops to the device and give them their colours. The geometry is recomputed, not sent."""
     geometry = views.geometry(draws, decoded.sizes)
-    crops = [_to_device(crop, device) for crop in decoded.crops]
+    crops = [to_device(crop, device) for crop in decoded.crops]
     return views.finish(crops, geometry, draws, decoded.sizes, decoded.colored)
-
-
-def _to_device(tensor: Tensor, device: torch.device) -> Tensor:
-    if device.type != "cuda":
-        return tensor.to(device)
-    return tensor.pin_memory().to(device, non_blocking=True)
 
 
 class EvalLoader:
@@ -278,6 +279,7 @@ class EvalLoader:
         mean, std: per channel, for normalisation.
         batch_size: images per batch of this rank.
         device: where images go.
+        data: where decoded images are kept, to use those instead of decoding them again; None: nowhere.
         workers: decoding processes where images are not in memory; None: one per core, 8 at most.
         channels_last: memory layout of the images.
         interpolation: ``bilinear`` or ``bicubic``.
@@ -296,6 +298,7 @@ class EvalLoader:
         std: Sequence[float],
         batch_size: int,
         device: torch.device | str,
+        data: DataOptions | None = None,
         workers: int | None = None,
         channels_last: bool = False,
         interpolation: str = "bicubic",
@@ -306,14 +309,16 @@ class EvalLoader:
         self.source = source
         self.device = torch.device(device)
         self.unreadable = unreadable or Unreadable(source, 0, logger.info)
-        rows = rank_share(len(indices), rank, world)
-        self._parts = torch.split(indices[rows.start : rows.stop], batch_size)
+        self._data = data
+        self._total = len(indices)
+        share = rank_share(len(indices), rank, world)
+        self._parts = torch.split(indices[share.start : share.stop], batch_size)
         self._workers = default_workers() if workers is None else workers
-        spec = ViewSpec.model_validate(
+        self._spec = ViewSpec.model_validate(
             {"size": size, "crop": "none", "center": center, "interpolation": interpolation, "flip": 0.0}
         )
         self.views = ViewExecutor(
-            [spec], size=size, mean=mean, std=std, device=self.device, channels_last=channels_last
+            [self._spec], size=size, mean=mean, std=std, device=self.device, channels_last=channels_last
         )
 
     def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
@@ -326,14 +331,51 @@ class EvalLoader:
         pixels = self.source.pixels()
         if pixels is not None:
             return (self._resident(pixels, part) for part in parts)
-        return self._decoded(parts)
+        mapped = self._mapped() if parts else None
+        return self._decoded(parts) if mapped is None else self._kept(mapped, parts)
+
+    def _mapped(self) -> MappedPixels | None:
+        """The images as decoded before; decoding them all for later pays if most are shown now."""
+        if self._data is None:
+            return None
+        build = 2 * self._total >= len(self.source)
+        return mapped_pixels(self.source, self._data, self.unreadable.log, build=build)
 
     def _resident(self, pixels: Tensor, part: Tensor) -> tuple[Tensor, Tensor]:
-        draws = Draws(0, 0, part)
-        sizes = torch.tensor(pixels.shape[-2:]).expand(len(part), 2)
+        images = to_device(rows(pixels, part, pinned=self.device.type == "cuda"), self.device)
+        if self._shown_whole(pixels):
+            return self._finished(images, pixels, part)
+        geometry = self.views.geometry(Draws(0, 0, part), _sizes(pixels, part))
+        return self._finished(self.views.crop(images, geometry)[0], pixels, part)
+
+    def _kept(self, mapped: MappedPixels, parts: Sequence[Tensor]) -> Iterator[tuple[Tensor, Tensor]]:
+        """Cut and resized in 8 bits, as images are that workers decode: a cache changes no feature."""
+        for part in parts:
+            reasons = {index: mapped.unreadable[index] for index in part.tolist() if index in mapped.unreadable}
+            self.unreadable.add(reasons)
+            readable = part[~torch.isin(part, torch.tensor(list(reasons), dtype=torch.int64))]
+            if len(readable):
+                images = self._cut(rows(mapped.pixels, readable, pinned=False))
+                yield self._finished(to_device(images, self.device), mapped.pixels, readable)
+
+    def _cut(self, images: Tensor) -> Tensor:
+        """All alike, since nothing is random here and images are of one size."""
+        if self._shown_whole(images):
+            return images
+        one = torch.zeros(1, dtype=torch.int64)
+        (geometry,) = self.views.geometry(Draws(0, 0, one), _sizes(images, one))
+        x0, y0, x1, y1 = (int(edge) for edge in geometry.box[0].tolist())
+        mode, side = self._spec.interpolation, (self.views.size, self.views.size)
+        return F.interpolate(images[:, :, y0:y1, x0:x1], side, mode=mode, antialias=True, align_corners=False)
+
+    def _shown_whole(self, pixels: Tensor) -> bool:
+        """Whether images are of the right size already; resizing them would change no value."""
+        return self._spec.center == 1 and pixels.shape[-2:] == (self.views.size, self.views.size)
+
+    def _finished(self, crops: Tensor, pixels: Tensor, part: Tensor) -> tuple[Tensor, Tensor]:
+        draws, sizes = Draws(0, 0, part), _sizes(pixels, part)
         geometry = self.views.geometry(draws, sizes)
-        crops = self.views.crop(_to_device(pixels[part], self.device), geometry)
-        return self.views.finish(crops, geometry, draws, sizes)[0].images, part.to(self.device)
+        return self.views.finish([crops], geometry, draws, sizes)[0].images, part.to(self.device)
 
     def _decoded(self, parts: Sequence[Tensor]) -> Iterator[tuple[Tensor, Tensor]]:
         decoder = Decoder(self.source, torch.cat(self._parts), self.views, seed=0)
@@ -344,3 +386,8 @@ class EvalLoader:
             shown = (decoded.samples == part).to(self.device)
             if bool(shown.any()):
                 yield view.images[shown], part.to(self.device)[shown]
+
+
+def _sizes(pixels: Tensor, part: Tensor) -> Tensor:
+    """int64 ``[B,2]`` heights and widths of images of one size."""
+    return torch.tensor(pixels.shape[-2:]).expand(len(part), 2)

@@ -6,6 +6,7 @@ import time
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Protocol
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor
@@ -138,9 +139,14 @@ def open_store(source: Source, options: DataOptions, device: torch.device, log: 
         ConfigError: ``data.resident`` asks for residence and the images differ in size.
     """
     images, cache = _look_at(source, options, log)
+    if images.total is None and options.resident not in ("auto", "off"):
+        raise ConfigError(
+            f"data.resident={options.resident} needs images of one size, and these differ",
+            hint="data.resident=auto",
+        )
     place, reason = comm.broadcast_object(choose_place(images, options, Room.of(device)))
     log(f"images: {place} ({reason})")
-    mapped = cache.find_or_build() if cache and place is not Place.WORKERS else None
+    mapped = _noted(source, cache.find_or_build()) if cache and place is not Place.WORKERS else None
     if place is Place.MAPPED and mapped is None:
         place, reason = choose_place(replace(images, cacheable=False), options, Room.of(device))
         log(f"images: {place} ({reason})")
@@ -152,22 +158,48 @@ def open_store(source: Source, options: DataOptions, device: torch.device, log: 
     return ResidentStore(_pixels(source, mapped, unreadable).to(target, copy=apart), device, unreadable)
 
 
+def mapped_pixels(source: Source, options: DataOptions, log: Log, *, build: bool) -> MappedPixels | None:
+    """The decoded images of a source that are kept on disk; None if there are none, or they are not wanted.
+
+    Args:
+        source: its images are decoded one at a time.
+        options: of the store.
+        log: receives progress.
+        build: decode and keep them now if they are not there, by the rule for training.
+    """
+    if options.resident == "off":
+        return None
+    if source in _opened:
+        return _opened[source]
+    images, cache = _look_at(source, options, log)
+    if cache is None:
+        return None
+    # An accelerator's memory holds training images, which are read more than once.
+    place, _ = choose_place(images, options, Room.of(torch.device("cpu")))
+    return _noted(source, cache.find_or_build() if build and place is not Place.WORKERS else cache.find())
+
+
+_opened: WeakKeyDictionary[Source, MappedPixels] = WeakKeyDictionary()
+"""What this process has mapped already, so that probes do not look for it in each epoch."""
+
+
+def _noted(source: Source, mapped: MappedPixels | None) -> MappedPixels | None:
+    if mapped is not None:
+        _opened[source] = mapped
+    return mapped
+
+
 def _look_at(source: Source, options: DataOptions, log: Log) -> tuple[Images, PixelCache | None]:
     """What decides, and the source's place on disk if its pixels are worth keeping."""
     size = None if options.resident == "off" else source.common_size()
     if size is None:
-        if options.resident not in ("auto", "off"):
-            raise ConfigError(
-                f"data.resident={options.resident} needs images of one size, and these differ",
-                hint="data.resident=auto",
-            )
         return Images(total=None), None
     total, in_memory = len(source) * 3 * size[0] * size[1], source.pixels() is not None
-    cache = None if in_memory else pixel_cache(source, size, options, log)
+    cache = None if in_memory else _pixel_cache(source, size, options, log)
     return Images(total, in_memory, cache is not None), cache
 
 
-def pixel_cache(source: Source, size: tuple[int, int], options: DataOptions, log: Log) -> PixelCache | None:
+def _pixel_cache(source: Source, size: tuple[int, int], options: DataOptions, log: Log) -> PixelCache | None:
     """The place on disk of decoded images of one size; None if they are not to be kept."""
     worth = options.cache and len(source) * 3 * size[0] * size[1] >= WORTH_KEEPING
     if not worth and options.resident != "mmap":

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from sslbench import comm
+from sslbench.config.schema import DataOptions
 from sslbench.data.loader import EvalLoader
 from sslbench.data.store import Unreadable
 from sslbench.engine.checkpoint import load_tensors
@@ -78,8 +79,7 @@ def extract(
     *,
     batch_size: int,
     device: torch.device,
-    workers: int | None = 0,
-    max_unreadable: int = 0,
+    data: DataOptions | None = None,
 ) -> IndexedFeatures:
     """Pooled features of some samples, in fp32, each sample exactly once whatever the number of ranks.
 
@@ -88,18 +88,20 @@ def extract(
 
     Args:
         indices: int64 ``[N]``, samples of ``source``.
-        max_unreadable: how many of them may be left out because their files cannot be read.
+        data: how images are read and how many may be left out because they cannot be; None: inline, none.
 
     Raises:
         DataError: more images are unreadable.
     """
+    max_unreadable = data.max_unreadable if data else 0
     loader = EvalLoader(
         source,
         indices,
         **asdict(preprocessing),
         batch_size=batch_size,
         device=device,
-        workers=workers,
+        data=data,
+        workers=data.workers if data else 0,
         channels_last=faster_layout(backbone, device) == torch.channels_last,
         rank=comm.rank(),
         world=comm.world(),

@@ -259,8 +259,7 @@ class EvaluationJob:
             self._preprocessing,
             batch_size=self._options.batch_size,
             device=self.device,
-            workers=self._data.workers,
-            max_unreadable=self._data.max_unreadable,
+            data=self._data,
         )
         if self._cache and comm.rank() == 0:
             self._cache.store(key, table)

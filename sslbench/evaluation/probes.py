@@ -103,8 +103,7 @@ class OnlineProbes:
     ) -> None:
         self._backbone = backbone
         self._options = options
-        self._workers = data.workers
-        self._max_unreadable = data.max_unreadable
+        self._data = data
         self._device = device
         self._classes = len(dataset.info.classes)
         self._preprocessing = preprocessing_for(dataset, EvalOptions(), image_size)
@@ -138,8 +137,7 @@ class OnlineProbes:
             self._preprocessing,
             batch_size=BATCH,
             device=self._device,
-            workers=self._workers,
-            max_unreadable=self._max_unreadable,
+            data=self._data,
         )
 
     def _classify(self, train: IndexedFeatures, val: IndexedFeatures, val_sample: Sample) -> dict[str, float]:
