@@ -22,6 +22,7 @@ pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(),
 METHODS = [
     "simclr",
     "byol",
+    "scrl",
     "supervised",
     "moco",
     "swav",

@@ -32,7 +32,7 @@ class _BasicBlock(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         residual = self.bn2(self.conv2(self.relu(self.bn1(self.conv1(x)))))
-        out: Tensor = self.relu(residual + self.downsample(x))
+        out: Tensor = self.relu(residual.add_(self.downsample(x)))
         return out
 
 

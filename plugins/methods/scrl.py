@@ -41,7 +41,7 @@ class SCRL(Bootstrap):
         min_size = self.cfg.boxes.min_size or self.backbone.stride
         matched = match_boxes(first, second, self.cfg.boxes, min_size, batch.uniform)
         boxes = torch.cat([matched.first, matched.second])
-        kept, weight = _images_with_boxes(matched.valid)
+        kept, weight, share = (x.to(boxes.device, non_blocking=True) for x in _images_with_boxes(matched.valid))
 
         def pool(features: Features) -> Tensor:
             """The vectors ``[2N,D]`` of all boxes of view 1, then of the same boxes in view 2."""
@@ -49,12 +49,11 @@ class SCRL(Bootstrap):
             return torch.cat([vectors[kept], vectors[kept + len(batch)]]).flatten(0, 1)
 
         weights = weight.repeat_interleave(self.cfg.boxes.per_image)
-        boxes_per_image = matched.valid.float().mean() * self.cfg.boxes.per_image
-        return {"loss": self.loss(batch, pool, weights), "boxes": boxes_per_image}
+        return {"loss": self.loss(batch, pool, weights), "boxes": share * self.cfg.boxes.per_image}
 
 
-def _images_with_boxes(valid: Tensor) -> tuple[Tensor, Tensor]:
-    """Numbers and weights of the images whose boxes are compared.
+def _images_with_boxes(valid: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Numbers and weights of the images whose boxes are compared, and their share of all.
 
     If no image has boxes, one that weighs nothing goes through the heads: batch normalisation needs rows, and
     other ranks may wait in it for this one.
@@ -62,7 +61,7 @@ def _images_with_boxes(valid: Tensor) -> tuple[Tensor, Tensor]:
     kept = valid.nonzero().flatten()
     if len(kept) == 0:
         kept = kept.new_zeros(1)
-    return kept, valid[kept].float()
+    return kept, valid[kept].float(), valid.float().mean()
 
 
 @hookimpl

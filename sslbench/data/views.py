@@ -171,4 +171,4 @@ class ViewExecutor:
             images = normalize(images, self.mean, self.std).contiguous(memory_format=self.memory_format)
         source_size = sizes.flip(1).float()
         box = geometry.box / source_size.repeat(1, 2)
-        return View(images, *(t.to(self.device, non_blocking=True) for t in (box, geometry.flip, source_size)))
+        return View(images, box, geometry.flip, source_size)

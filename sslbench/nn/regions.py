@@ -50,6 +50,9 @@ class Crop(NamedTuple):
     def of(cls, view: View) -> Crop:
         return cls(view.box * view.source_size.repeat(1, 2), view.flip)
 
+    def to(self, device: torch.device) -> Crop:
+        return Crop(*(field.to(device, non_blocking=True) for field in self))
+
     def scale(self, side: int) -> Tensor:
         """``[B,2]``: view pixels per source pixel, horizontally and vertically."""
         return side / (self.box[:, 2:] - self.box[:, :2])
@@ -65,6 +68,9 @@ class Overlap(NamedTuple):
     extent: Tensor
     """float ``[B,2]``: whole width and height in reference pixels; not positive without an overlap."""
 
+    def to(self, device: torch.device) -> Overlap:
+        return Overlap(*(field.to(device, non_blocking=True) for field in self))
+
 
 class MatchedBoxes(NamedTuple):
     """K pairs of boxes per image: left, top, right, bottom in view pixels."""
@@ -74,7 +80,8 @@ class MatchedBoxes(NamedTuple):
     second: Tensor
     """float ``[B,K,4]`` in view 2."""
     valid: Tensor
-    """bool ``[B]``: whether the image's views overlap enough; else its boxes are meaningless."""
+    """bool ``[B]`` on the CPU, as the crops are: whether the image's views overlap enough; else its boxes are
+    meaningless."""
 
 
 def match_boxes(
@@ -88,9 +95,11 @@ def match_boxes(
         min_size: least side in reference pixels.
         uniform: gives float ``[B, *shape]`` in [0, 1); :meth:`Batch.uniform`.
     """
-    side = first.images.shape[-1]
+    side, device = first.images.shape[-1], first.images.device
     crops = Crop.of(first), Crop.of(second)
     shared = overlap(*crops, side)
+    valid = (shared.extent > min_size).all(dim=1)
+    crops, shared = (crops[0].to(device), crops[1].to(device)), shared.to(device)
     rectangles = _candidates(shared.extent, sampling, min_size, uniform)
     tried = project(rectangles, shared, crops[0], side).clamp_(0, side)
     chosen = first_distinct(tried, sampling.iou_threshold)[:, :, None, None]
@@ -98,7 +107,6 @@ def match_boxes(
     boxes = [project(rectangles, shared, crop, side) for crop in crops]
     if sampling.jitter:
         boxes[1] = jittered(boxes[1], 1 + sampling.jitter * (2 * uniform(sampling.per_image, 4) - 1))
-    valid = (shared.extent > min_size).all(dim=1)
     return MatchedBoxes(boxes[0].clamp(0, side), boxes[1].clamp(0, side), valid)
 
 

@@ -41,7 +41,8 @@ __all__ = [
 
 
 class View(NamedTuple):
-    """One view of each image of a batch."""
+    """One view of each image of a batch: pixels on the device, and on the CPU, so that nobody must wait for the
+    device to decide by it, what they show."""
 
     images: Tensor
     """float ``[B,3,H,W]``, normalised with the data set's mean and standard deviation."""
