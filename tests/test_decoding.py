@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import pytest
 import torch
+from PIL import Image
 from reference import photo_tiles
 from torch import Tensor
+from torchvision import io as torchvision_io
 
+from sslbench.data import imagefile
 from sslbench.data.decoding import Chunk, Decoder, _cut, decode
 from sslbench.data.loader import TrainLoader
 from sslbench.data.photometric import augment_colors
@@ -136,6 +139,18 @@ def test_an_accelerator_colours_its_views_itself():
         False,
         True,
     ]
+
+
+@pytest.mark.filterwarnings("ignore:The image decoding and encoding:DeprecationWarning")
+def test_the_fast_decoder_is_torchvisions(tmp_path):
+    """Its library is loaded without the package, by a path and a name that are torchvision's own affair."""
+    file = tmp_path / "photo.jpg"
+    Image.fromarray(photo_tiles(60, 70)[0].permute(1, 2, 0).numpy()).save(file, quality=90)
+    decoder = imagefile._torchvision_decoder()
+    assert decoder is not None
+    theirs = torchvision_io.decode_image(str(file), torchvision_io.ImageReadMode.RGB)
+    assert torch.equal(decoder(torch.from_numpy(imagefile.read_bytes(file))), theirs)
+    assert torch.equal(imagefile.decode_image(imagefile.read_bytes(file), "photo.jpg"), theirs)
 
 
 def test_no_batch_no_worker():

@@ -31,7 +31,7 @@ from sslbench.rng import Draws
 
 _MOST_WORKERS = 8
 _SMALLEST_TASK = 8
-_TASK_BYTES = 8 << 20
+_TASK_BYTES = 16 << 20
 _SMALLEST_RETOUCHED = 96
 
 
@@ -122,10 +122,11 @@ class Decoder:
             plan(spec, draws, f"view{number}") if colored else [None] * len(images)
             for number, (spec, colored) in enumerate(zip(self.views.specs, self.colored, strict=True))
         ]
-        for row, image in enumerate(images):
-            crops = crop_image(image, self.views.specs, [_row(where, row) for where in geometry])
-            for spec, crop, what, out in zip(self.views.specs, crops, colors, room, strict=True):
-                _write(crop, spec, what[row], out[row])
+        with torch.inference_mode():  # spares bookkeeping; only what is written into the room outlives it
+            for row, image in enumerate(images):
+                crops = crop_image(image, self.views.specs, [_row(where, row) for where in geometry])
+                for spec, crop, what, out in zip(self.views.specs, crops, colors, room, strict=True):
+                    _write(crop, spec, what[row], out[row])
         return sizes, torch.tensor(shown), unreadable
 
     def _read(self, number: int, unreadable: dict[int, str]) -> tuple[int, Tensor]:

@@ -5,10 +5,10 @@ from __future__ import annotations
 import hashlib
 import io
 import os
-import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import lru_cache
+from importlib.util import find_spec
 from pathlib import Path
 from typing import IO, TypeVar
 
@@ -22,6 +22,8 @@ from sslbench.data.paths import PathTable
 from sslbench.errors import DataError
 
 _TORCHVISION = frozenset({".jpg", ".jpeg", ".png", ".webp"})
+_RGB = 3
+"""``torchvision.io.ImageReadMode.RGB``"""
 _PER_TASK = 32
 _MANY_FILES = 20_000
 _MOST_FILES = 100_000
@@ -93,20 +95,32 @@ def _unreadable(name: str, error: Exception) -> DataError:
 def _torchvision_decoder() -> Callable[[Tensor], Tensor | None] | None:
     """torchvision's decoder, 1.4 to 2 times as fast as PIL; None in a torchvision that no longer has it."""
     try:
-        from torchvision.io import ImageReadMode
-        from torchvision.io import decode_image as decode
-    except ImportError:
+        torch.ops.load_library(_torchvision_library())  # type: ignore[no-untyped-call]
+        decode = torch.ops.image.decode_image
+    except (ImportError, OSError, AttributeError):
         return None
-    warnings.filterwarnings("ignore", message="The image decoding and encoding", category=DeprecationWarning)
 
     def decoded(content: Tensor) -> Tensor | None:
         try:
-            image: Tensor = decode(content, mode=ImageReadMode.RGB)
+            image: Tensor = decode(content, _RGB, False)
         except RuntimeError:
             return None  # a format under a wrong name or a rare JPEG, which PIL may read
         return (image.to(torch.int32) >> 8).to(torch.uint8) if image.dtype == torch.uint16 else image
 
     return decoded
+
+
+def _torchvision_library() -> Path:
+    """The library that ``torchvision.io`` loads, without the rest of torchvision.
+
+    To import that takes over a second, and each worker process of each loader would do it again.
+    """
+    package = find_spec("torchvision")
+    if package is None or package.origin is None:
+        raise ImportError("torchvision is not installed")
+    for path in Path(package.origin).parent.glob("image*.so"):
+        return path
+    raise ImportError("torchvision has no image library")
 
 
 def _decode_pil(content: NDArray[np.uint8]) -> Tensor:
