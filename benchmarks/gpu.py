@@ -146,7 +146,7 @@ def shrunk(training: Training) -> Training:
 
 
 HEADER = (
-    *("training", "sslbench images/s", "in memory", "share %", "data and augmentation %", "memory MB"),
+    *("training", "batch", "sslbench images/s", "in memory", "share %", "data and augmentation %", "memory MB"),
     *("lightly", "sslbench / lightly", "lightly, bf16", "sslbench / this"),
 )
 
@@ -154,8 +154,7 @@ HEADER = (
 def render(report: Report) -> str:
     """One row per training."""
     rows = [row(report, name) for name in report.groups()]
-    batches = ", ".join(f"{name}: {training.batch}" for name, training in TRAININGS.items())
-    return "\n".join(["# Training on one GPU", "", table(HEADER, rows), "", f"Images in a batch: {batches}."])
+    return "\n".join(["# Training on one GPU", "", table(HEADER, rows)])
 
 
 def row(report: Report, name: str) -> list[str]:
@@ -164,9 +163,10 @@ def row(report: Report, name: str) -> list[str]:
 
     rates, ceiling = own("images_per_second"), own("ceiling.images_per_second")
     peers = [report.values(name, case) for case in ("lightly", "lightly, bf16")]
+    shares = {number: 100 * rates[number] / ceiling[number] for number in ceiling}
+    numbers = (rates, ceiling, shares, augmentation(report, name), own("memory_mb"))
     return [
-        *(name, spread(rates), spread(ceiling), spread({n: 100 * rates[n] / ceiling[n] for n in ceiling})),
-        *(spread(augmentation(report, name)), spread(own("memory_mb"))),
+        *(name, spread(own("batch"), 0), *(spread(values) for values in numbers)),
         *(cell for peer in peers for cell in (spread(peer), ratio(rates, peer))),
     ]
 

@@ -13,7 +13,7 @@ import sys
 import tempfile
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import nullcontext
-from functools import partial
+from functools import cache, partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import IO, Any
@@ -23,7 +23,7 @@ from stopwatch import Stopwatch
 from window import Window
 
 from sslbench.config.compose import Composed, Layer, compose
-from sslbench.config.registry import load_registry
+from sslbench.config.registry import Registry, load_registry
 from sslbench.config.tree import parse_overrides
 from sslbench.engine.loop import Loader, Loop
 from sslbench.engine.optim import build_optimizer
@@ -44,9 +44,14 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
 
 
 def configure(options: list[str]) -> Composed:
-    catalog = Catalog.from_options(str(path) for path in plugin_files())
-    registry = load_registry(HERE.parent / "registry.yaml")
+    catalog, registry = plugins()
     return compose(catalog, registry, recipe=None, layers=[Layer("benchmark", parse_overrides(options))])
+
+
+@cache
+def plugins() -> tuple[Catalog, Registry]:
+    catalog = Catalog.from_options(str(path) for path in plugin_files())
+    return catalog, load_registry(HERE.parent / "registry.yaml")
 
 
 def plugin_files() -> list[Path]:
@@ -145,11 +150,13 @@ def memory_mb(device: torch.device) -> float:
 def settings(parts: Parts) -> dict[str, Any]:
     """What was chosen automatically."""
     assert parts.loader is not None
+    assert parts.plan is not None
     channels_last = parts.loader.views.memory_format == torch.channels_last
     return {
         "precision": "bf16" if parts.bf16 else "fp32",
         "layout": "channels-last" if channels_last else "contiguous",
         "threads": torch.get_num_threads(),
         "device": str(parts.device),
+        "batch": parts.plan.core.train.batch_size,
         "versions": {name: version(name) for name in ("torch", "torchvision")},
     }

@@ -99,7 +99,8 @@ class Window:
         busy, stolen, own = (
             (after - before) / self.seconds for before, after in zip(self._before, self._after, strict=True)
         )
-        result["images_per_cpu_second"] = result["images_per_second"] / own
+        if own > 0:  # the counters move in hundredths of a second
+            result["images_per_cpu_second"] = result["images_per_second"] / own
         return result | {"cores": own, "others": max(0.0, busy - own), "stolen": stolen}
 
 

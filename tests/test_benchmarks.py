@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 import subprocess
 import sys
+from collections.abc import Iterator
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -13,9 +15,13 @@ import pytest
 FOLDER = Path(__file__).resolve().parents[1] / "benchmarks"
 sys.path.insert(0, str(FOLDER))
 
+import gpu  # noqa: E402
 import harness  # noqa: E402
 import numpy as np  # noqa: E402
+import peers  # noqa: E402
+import scaling  # noqa: E402
 from images import textures, write_photos  # noqa: E402
+from training import configure  # noqa: E402
 from window import Window, usage  # noqa: E402
 
 TINY = ("--seconds", "0.05", "--warmup", "0")
@@ -101,6 +107,22 @@ def test_photos_are_files_of_two_classes(tmp_path: Path) -> None:
         "class1",
         "class1",
     ]
+
+
+def settings(images: Path) -> Iterator[list[str]]:
+    """The options of every training of ours that some benchmark runs."""
+    chosen = argparse.Namespace(backbone="conv4", device="cpu", seconds=1.0, quick=False)
+    for method in peers.METHODS:
+        yield peers.own_options(method, str(images), chosen)
+    cases = [peers.relation(4, str(images), argparse.Namespace(**vars(chosen), ways=[]))[0].command]
+    cases += [gpu.ours(training, images, chosen) for training in gpu.TRAININGS.values()]
+    cases += [case.command for axis in scaling.AXES for case in scaling.points(axis, images, images, chosen)]
+    for command in cases:
+        yield [word for word in command if "=" in word]
+
+
+def test_all_settings_are_valid(images: Path) -> None:
+    assert len([configure(options) for options in settings(images)]) > 30
 
 
 def run(script: str, *options: str) -> dict[str, object]:
