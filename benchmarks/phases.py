@@ -54,24 +54,29 @@ def command(
 
 def render(report: Report) -> str:
     """Milliseconds and percent of each phase."""
-    parts = [
-        "# Phases of a training step",
-        "",
-        "Milliseconds a step (percent), each method with its own defaults.",
-    ]
+    head = "Milliseconds a step (percent of the step), each method with its own defaults."
+    parts = ["# Phases of a training step", "", head]
     for backbone in report.groups():
-        rows = [row(report, backbone, method) for method in report.cases(backbone)]
+        rows = [
+            row(report, backbone, method, clock)
+            for method in report.cases(backbone)
+            for clock in ("milliseconds", "host")
+            if report.values(backbone, method, f"phases.{clock}")
+        ]
         parts += ["", f"## {backbone}", "", table(("method", "images/s", *PHASES), rows)]
     return "\n".join(parts)
 
 
-def row(report: Report, backbone: str, method: str) -> list[str]:
+def row(report: Report, backbone: str, method: str, clock: str) -> list[str]:
+    """``host``: time of the process that asks a GPU for operations."""
+
     def median(key: str) -> float:
         return float(statistics.median(report.values(backbone, method, key).values()))
 
-    spent = [median(f"phases.milliseconds.{phase}") for phase in PHASES]
-    cells = [f"{part:.1f} ({100 * part / sum(spent):.0f})" for part in spent]
-    return [method, f"{median('images_per_second'):,.0f}", *cells]
+    step = 1000 * median("phases.seconds") / median("phases.steps")
+    spent = [median(f"phases.{clock}.{phase}") for phase in PHASES]
+    title = f"{method}, host" if clock == "host" else method
+    return [title, f"{median('images_per_second'):,.0f}", *(f"{ms:.1f} ({100 * ms / step:.0f})" for ms in spent)]
 
 
 if __name__ == "__main__":

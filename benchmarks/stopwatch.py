@@ -20,11 +20,16 @@ Span = tuple[Any, Any]
 
 
 class Stopwatch:
-    """Sums the time of each phase over steps; on a GPU by events, so that nothing waits for it."""
+    """Sums the time of each phase over steps: wall time of this process, on a GPU also the device's, by events.
+
+    On a GPU batches are made on a stream beside that of training, so phases overlap there and may add up to more
+    than a step; the host runs ahead of the device until it waits for it in the meter.
+    """
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
-        self._spans: dict[str, list[Span]] = defaultdict(list)
+        self._host: dict[str, list[Span]] = defaultdict(list)
+        self._device: dict[str, list[Span]] = defaultdict(list)
 
     @contextmanager
     def watching(self, parts: Parts, optimizer: torch.optim.Optimizer) -> Iterator[None]:
@@ -49,32 +54,37 @@ class Stopwatch:
             yield
 
     def restart(self) -> None:
-        self._spans.clear()
+        self._host.clear()
+        self._device.clear()
 
-    def milliseconds(self, steps: int, seconds: float) -> dict[str, float]:
-        """Per step of a window; "rest" is what no phase covers, a GPU's idle time included."""
-        spent = {phase: sum(map(self._length, spans)) / steps for phase, spans in self._spans.items()}
-        spent["rest"] = max(0.0, 1000 * seconds / steps - sum(spent.values()))
-        return {phase: spent.get(phase, 0.0) for phase in PHASES}
+    def phases(self, steps: int, seconds: float) -> dict[str, dict[str, float]]:
+        """Milliseconds per step of a window; "rest" is what no phase covers. The device has been waited for."""
+        step = 1000 * seconds / steps
+        host = {phase: sum(1000 * (end - start) for start, end in spans) for phase, spans in self._host.items()}
+        if self.device.type != "cuda":
+            return {"milliseconds": _per_step(host, steps, step)}
+        device = {phase: sum(a.elapsed_time(b) for a, b in spans) for phase, spans in self._device.items()}
+        return {"milliseconds": _per_step(device, steps, step), "host": _per_step(host, steps, step)}
 
     def _timed(self, phase: str, function: Callable[..., Any]) -> Callable[..., Any]:
         def call(*args: Any, **kwargs: Any) -> Any:
-            start = self._mark()
+            start, first = time.perf_counter(), self._event()
             try:
                 return function(*args, **kwargs)
             finally:
-                self._spans[phase].append((start, self._mark()))
+                self._device[phase].append((first, self._event()))
+                self._host[phase].append((start, time.perf_counter()))
 
         return call
 
-    def _mark(self) -> Any:
+    def _event(self) -> Any:
         if self.device.type != "cuda":
-            return time.perf_counter()
+            return None
         event = torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
         event.record()
         return event
 
-    def _length(self, span: Span) -> float:
-        """Milliseconds; the device has been waited for."""
-        start, end = span
-        return float(start.elapsed_time(end)) if self.device.type == "cuda" else 1000 * (end - start)
+
+def _per_step(spent: dict[str, float], steps: int, step: float) -> dict[str, float]:
+    shares = {phase: spent.get(phase, 0.0) / steps for phase in PHASES}
+    return shares | {"rest": max(0.0, step - sum(shares.values()))}

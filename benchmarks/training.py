@@ -73,7 +73,7 @@ def windows(composed: Composed, parts: Parts, options: argparse.Namespace) -> di
     if options.phases:
         window, watch = Window(options.phases, 0, 2, waiting), Stopwatch(parts.device)
         result["phases"] = train(composed, parts, parts.loader, window, watch)
-        result["phases"]["milliseconds"] = watch.milliseconds(window.steps, window.seconds)
+        result["phases"] |= watch.phases(window.steps, window.seconds)
     return result
 
 

@@ -146,7 +146,9 @@ def test_views_image_by_image_are_measured(images: Path) -> None:
 
 
 @pytest.mark.skipif(find_spec("lightly") is None, reason="lightly is not installed")
-@pytest.mark.parametrize("method", ["simclr", "byol", "moco", "swav"])
+@pytest.mark.parametrize(
+    "method", ["simclr", *(pytest.param(name, marks=pytest.mark.slow) for name in ("byol", "moco", "swav"))]
+)
 def test_lightly_is_measured(images: Path, method: str) -> None:
     result = run("lightly_loop.py", method, "--images", str(images), "--batch", "4", "--workers", "1", *TINY)
     assert result["images_per_second"] > 0  # type: ignore[operator]
