@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import sys
 from collections.abc import Sequence
 
 from sslbench.errors import SslbenchError
@@ -25,6 +26,11 @@ def hoisted(arguments: Sequence[str]) -> list[str]:
         else:
             rest.append(word)
     return first + rest
+
+
+def is_terminal() -> bool:
+    """Whether a person reads stdout; it may be closed."""
+    return sys.stdout is not None and sys.stdout.isatty()
 
 
 def prepare_environment() -> None:

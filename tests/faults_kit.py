@@ -53,7 +53,7 @@ def command(
         return Done(found, out, err + caplog.text)  # pytest takes log lines away from stderr
 
     yield type_in
-    torch.use_deterministic_algorithms(False)
+    torch.set_deterministic_debug_mode("default")
 
 
 def run_dir(name: str, root: str = "runs") -> Path:

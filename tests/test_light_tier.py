@@ -11,6 +11,8 @@ from sslbench import errors
 from sslbench.errors import ExitCode, SslbenchError, did_you_mean
 
 HEAVY = ("torch", "torchvision", "mlflow", "numpy", "sklearn")
+#: Each of them takes longer to import than the rest of a listing.
+SLOW = (*HEAVY, "pydantic", "rich", "yaml", "pluggy")
 KINDS = [
     (errors.ConfigError, 2),
     (errors.PluginError, 3),
@@ -33,12 +35,36 @@ KINDS = [
         "sslbench.config.options",
         "sslbench.config.schema",
         "sslbench.engine.schedule",
+        "sslbench.tracking",
+        "sslbench.tracking.process",
     ],
 )
 def test_light_modules_import_nothing_heavy(module):
     code = f"import sys, {module}; print(*sorted(set({HEAVY!r}) & set(sys.modules)))"
     run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert (run.returncode, run.stdout.strip(), run.stderr) == (0, "", "")
+
+
+@pytest.mark.parametrize(
+    "command",
+    [
+        "--help",
+        "--version",
+        "pretrain --help",
+        "list",
+        "list methods",
+        "list --json",
+        "list runs",
+        "--runs x list runs",
+    ],
+)
+def test_looking_at_what_there_is_imports_nothing_that_takes_its_time(command, workdir):
+    code = (
+        f"import sys; from sslbench.cli import run; code = run({command.split()!r});"
+        f"print(code, *sorted(set({SLOW!r}) & set(sys.modules)))"
+    )
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert (run.stdout.splitlines()[-1], run.stderr) == ("0", "")
 
 
 @pytest.mark.parametrize(("kind", "code"), KINDS)

@@ -19,7 +19,7 @@ from pydantic import BaseModel
 from sslbench.config.options import Options
 from sslbench.config.registry import Registry
 from sslbench.config.schema import CoreOptions
-from sslbench.config.tree import Tree, differences, flatten, merge, plain
+from sslbench.config.tree import Tree, differences, flatten, merge, plain, read_yaml
 from sslbench.config.validate import ConfigProblems, Problem, check
 from sslbench.errors import ConfigError, did_you_mean
 from sslbench.plugin.catalog import Catalog, Kind
@@ -118,7 +118,7 @@ def compose(catalog: Catalog, registry: Registry, *, recipe: str | None, layers:
 def read_config_file(path: Path) -> Layer:
     """A ``--config`` file as a layer."""
     try:
-        values = yaml.safe_load(path.read_text(encoding="utf-8"))
+        values = read_yaml(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise ConfigError(f"--config {path} cannot be read: {error.strerror}") from error
     except yaml.YAMLError as error:

@@ -11,6 +11,7 @@ import yaml
 from pydantic import Field, ValidationError
 
 from sslbench.config.options import Options
+from sslbench.config.tree import read_yaml
 from sslbench.errors import ConfigError, did_you_mean
 
 FILE_NAME = "registry.yaml"
@@ -109,7 +110,7 @@ def _installed_copy() -> Path:
 def load_registry(path: Path) -> Registry:
     """Read and validate a registry file."""
     try:
-        raw = yaml.safe_load(path.read_text(encoding="utf-8"))
+        raw = read_yaml(path.read_text(encoding="utf-8"))
     except yaml.YAMLError as error:
         raise ConfigError(f"{path} is not valid YAML: {error}") from error
     try:

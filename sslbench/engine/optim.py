@@ -12,6 +12,7 @@ from torch.optim import Optimizer
 
 from sslbench.config.schema import OptimOptions
 from sslbench.engine.schedule import peak_lr
+from sslbench.engine.untraced import SGD, Adam, AdamW, Untraced
 from sslbench.errors import PluginError
 
 NamedParameters = list[tuple[str, nn.Parameter]]
@@ -56,8 +57,8 @@ def build_optimizer(
         )
     if options.name == "sgd":
         # Not fused: that fails when a parameter gets its first gradient after others have momentum.
-        return torch.optim.SGD(split, lr=peak, momentum=options.momentum, nesterov=options.nesterov, foreach=True)
-    adam = torch.optim.AdamW if options.name == "adamw" else torch.optim.Adam
+        return SGD(split, lr=peak, momentum=options.momentum, nesterov=options.nesterov, foreach=True)
+    adam = AdamW if options.name == "adamw" else Adam
     return adam(split, lr=peak, betas=options.betas, fused=True)
 
 
@@ -113,7 +114,7 @@ def _shorten(names: Sequence[str], shown: int = 5) -> str:
     return ", ".join(names[:shown]) + more
 
 
-class Lars(Optimizer):
+class Lars(Untraced):
     """Layer-wise adaptive rate scaling around momentum SGD (You, Gitman & Ginsburg, 2017).
 
     Each tensor's gradient, weight decay included, is scaled by ``trust * |w| / norm`` and then goes into momentum

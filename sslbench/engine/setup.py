@@ -82,7 +82,10 @@ def choose_layout(options: TrainOptions, device: torch.device, network: nn.Modul
 
 def prepare_torch(options: TrainOptions) -> None:
     """Process-wide switches of torch; called once, by a run, never on import."""
-    torch.use_deterministic_algorithms(options.deterministic, warn_only=True)
+    if options.compile:
+        torch.use_deterministic_algorithms(options.deterministic, warn_only=True)
+    else:  # the same without telling the compiler, whose import takes as long as torch's own
+        torch.set_deterministic_debug_mode("warn" if options.deterministic else "default")
     # Filling every new tensor with NaN, which comes along, changes no result and takes a seventh of a CPU step.
     torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
     torch.backends.cudnn.deterministic = options.deterministic

@@ -8,23 +8,24 @@ hooks, and asked for its classes. Listing imports nothing.
 from __future__ import annotations
 
 import ast
-import hashlib
 import importlib
 import importlib.util
 import sys
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from functools import cache, cached_property
-from importlib.metadata import Distribution, EntryPoint, entry_points
 from pathlib import Path
 from types import ModuleType
-from typing import Any, Literal, cast
-
-import pluggy
+from typing import TYPE_CHECKING, Any, Literal, cast
 
 from sslbench import API_VERSION
 from sslbench.errors import PluginError, did_you_mean
-from sslbench.plugin import hooks
+
+if TYPE_CHECKING:
+    from importlib.machinery import ModuleSpec
+    from importlib.metadata import Distribution, EntryPoint
+
+    import pluggy
 
 Kind = Literal["method", "dataset", "backbone", "eval"]
 KINDS: dict[Kind, str] = {
@@ -67,7 +68,7 @@ class Entry:
 
     def identity(self) -> dict[str, str]:
         """Name, distribution, version and source hash, as every run records them."""
-        digest = hashlib.sha256(self.path.read_bytes()).hexdigest() if self.path else "unknown"
+        digest = _sha256(self.path.read_bytes()) if self.path else "unknown"
         return {
             "name": self.name,
             "distribution": self.distribution,
@@ -93,6 +94,8 @@ class Catalog:
     @cached_property
     def _points(self) -> Any:
         """All entry points, read once: it opens a file of every installed distribution."""
+        from importlib.metadata import entry_points
+
         return entry_points()
 
     @classmethod
@@ -186,18 +189,17 @@ def _entry_of(kind: Kind, ep: EntryPoint) -> Entry:
 
 @cache
 def _named(distribution: Distribution) -> tuple[str, str]:
-    """Name and version. Each parses the whole metadata file, README included, so they are read once."""
-    return distribution.name, distribution.version
+    """Name and version, from the first lines: importlib parses the whole file, README included, as an email."""
+    text = distribution.read_text("METADATA") or distribution.read_text("PKG-INFO") or ""
+    fields = dict(line.split(": ", 1) for line in text.partition("\n\n")[0].splitlines() if ": " in line)
+    return fields.get("Name", "unknown"), fields.get("Version", "unknown")
 
 
 @cache
 def _source_of(module: str) -> Path | None:
     """Where a module's source lies, importing nothing (``find_spec`` of a top-level name executes no code)."""
     top, *rest = module.split(":")[0].split(".")
-    try:
-        spec = importlib.util.find_spec(top)
-    except (ImportError, ValueError):
-        return None
+    spec = _found(top)
     if spec is None:
         return None
     if not rest:
@@ -208,6 +210,20 @@ def _source_of(module: str) -> Path | None:
             if candidate.is_file():
                 return candidate
     return None
+
+
+@cache
+def _found(top: str) -> ModuleSpec | None:
+    try:
+        return importlib.util.find_spec(top)
+    except (ImportError, ValueError):
+        return None
+
+
+def _sha256(content: bytes) -> str:
+    import hashlib
+
+    return hashlib.sha256(content).hexdigest()
 
 
 def _docstring_summary(path: Path) -> str:
@@ -235,7 +251,7 @@ def _existing_file(value: str) -> Path:
 
 @cache
 def _import_file(path: Path) -> ModuleType:
-    name = f"sslbench_local_{path.stem}_{hashlib.sha256(str(path).encode()).hexdigest()[:8]}"
+    name = f"sslbench_local_{path.stem}_{_sha256(str(path).encode())[:8]}"
     spec = importlib.util.spec_from_file_location(name, path)
     if spec is None or spec.loader is None:
         raise PluginError(f"plugin file {path} is not a Python file", hint="name it something.py")
@@ -274,6 +290,10 @@ def _cause(error: BaseException) -> str:
 
 
 def _new_manager() -> pluggy.PluginManager:
+    import pluggy  # a listing needs no hooks
+
+    from sslbench.plugin import hooks
+
     manager = pluggy.PluginManager(hooks.PROJECT)
     manager.add_hookspecs(hooks)
     return manager
@@ -281,11 +301,15 @@ def _new_manager() -> pluggy.PluginManager:
 
 def _call_hook(module: ModuleType, kind: Kind, owner: str) -> list[Any]:
     """Register the module alone, refuse misspelt hooks, and return the classes of its hook for ``kind``."""
+    from pluggy import PluginValidationError
+
+    from sslbench.plugin import hooks
+
     manager = _new_manager()
     try:
         manager.register(module)
         manager.check_pending()
-    except pluggy.PluginValidationError as error:
+    except PluginValidationError as error:
         known = ", ".join(sorted(name for name in dir(hooks) if name.startswith("sslbench_")))
         raise PluginError(f"{owner} does not fit the hooks: {error}", hint=f"known hooks: {known}") from error
     results = getattr(manager.hook, f"sslbench_{kind}s")()

@@ -7,10 +7,12 @@ import statistics
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
-from sslbench.config.registry import Reference
 from sslbench.report.results import Direction, EvalResult, RunResult
+
+if TYPE_CHECKING:
+    from sslbench.config.registry import Reference
 
 
 @dataclass(frozen=True)

@@ -1,9 +1,8 @@
-"""What commands print on stdout: tables for people, JSON for programs."""
+"""What commands print on stdout beside listings: tables for people, JSON for programs."""
 
 from __future__ import annotations
 
 import dataclasses
-import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -14,6 +13,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from sslbench.plugin.catalog import Catalog, Kind
+from sslbench.report.listing import print_json
 
 if TYPE_CHECKING:
     from sslbench.config.compose import Composed
@@ -29,69 +29,6 @@ def out() -> Console:
     """A console on stdout that never wraps when it is piped."""
     console = Console(highlight=False)
     return console if console.is_terminal else Console(highlight=False, width=200)
-
-
-def print_json(content: Any) -> None:
-    """Machine-readable output."""
-    out().print_json(json.dumps(content, default=str), indent=2)
-
-
-def list_plugins(catalog: Catalog, kinds: Sequence[Kind], as_json: bool) -> None:
-    """One table per kind, from metadata alone."""
-    entries = [entry for kind in kinds for entry in catalog.entries(kind)]
-    if as_json:
-        fields = ("kind", "name", "summary", "distribution", "version", "module")
-        print_json([{name: getattr(entry, name) for name in fields} for entry in entries])
-        return
-    for kind in kinds:
-        table = _table(f"{kind}s", "name", "what it is", "from")
-        for entry in entries:
-            if entry.kind == kind:
-                table.add_row(entry.name, escape(entry.summary), f"{entry.distribution} {entry.version}")
-        out().print(table)
-
-
-def list_recipes(registry: Registry, as_json: bool) -> None:
-    """Recipes with where their values come from."""
-    rows = {
-        name: recipe.model_dump(include={"summary", "source", "extends"})
-        for name, recipe in registry.recipes.items()
-    }
-    if as_json:
-        print_json([{"name": name, **row} for name, row in rows.items()])
-        return
-    table = _table("recipes", "name", "what it is", "source")
-    for name, row in rows.items():
-        table.add_row(name, escape(row["summary"]), escape(row["source"]))
-    out().print(table)
-
-
-def list_runs(root: Path, as_json: bool) -> None:
-    """Pretrained models under the runs folder, oldest first."""
-    from sslbench.engine.runs import pretrained_runs
-
-    runs = pretrained_runs(root)
-    if as_json:
-        print_json([{**record, "run_dir": str(path)} for record, path in runs])
-        return
-    table = _table(f"runs in {root}", "name", "status", "method", "dataset", "backbone", "epochs", "seed")
-    for record, path in runs:
-        tags = record.get("tags", {})
-        names = ("method", "dataset", "backbone", "epochs", "seed")
-        table.add_row(
-            str(record.get("name")),
-            _status(record, path) + (" (limited)" if tags.get("sslbench.limited") == "true" else ""),
-            *(tags.get(f"sslbench.{n}", "") for n in names),
-        )
-    out().print(table)
-
-
-def _status(record: Mapping[str, Any], run_dir: Path) -> str:
-    """A process that was killed could not note its end."""
-    from sslbench.tracking import RunRecord
-
-    status = str(record.get("status"))
-    return "KILLED" if status == "RUNNING" and RunRecord.load(run_dir).is_abandoned() else status
 
 
 def show_plugin(catalog: Catalog, registry: Registry, kind: Kind, name: str, as_json: bool) -> None:

@@ -1,5 +1,6 @@
 """The journal and MLflow. The only package that imports mlflow."""
 
+from sslbench.tracking.process import prepare_store
 from sslbench.tracking.push import SyncReport, run_directories, sync
 from sslbench.tracking.record import ParentRef, RunRecord
 from sslbench.tracking.store import check_store, resolve_tracking_uri
@@ -13,6 +14,7 @@ __all__ = [
     "check_store",
     "describe_experiment",
     "headline",
+    "prepare_store",
     "resolve_tracking_uri",
     "run_directories",
     "sync",

@@ -146,7 +146,9 @@ _outages: dict[str, tuple[float, str]] = {}
 
 
 def connect(uri: str) -> Store:
-    """Open a store. One that failed a moment ago fails at once: evaluations must not wait for it one by one.
+    """Open a store in the process that talks to MLflow.
+
+    One that failed a moment ago fails at once: evaluations must not wait for it one by one.
 
     Raises:
         StoreError: it is out of reach.
@@ -157,8 +159,10 @@ def connect(uri: str) -> Store:
         error = StoreError(words)
         error.repeated = True
         raise error
+    from sslbench.tracking.process import open_store
+
     try:
-        return Store(uri)
+        return open_store(uri)
     except StoreError as error:
         _outages[uri] = (time.monotonic(), str(error))
         raise

@@ -1,0 +1,1 @@
+"""The commands of ``sslbench``: parse, compose, hand over, print. Heavy imports stay inside functions."""

@@ -1,0 +1,88 @@
+"""What several commands have in common: global options, the types of their own options, completion."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from sslbench.plugin.catalog import Catalog, Kind
+
+if TYPE_CHECKING:
+    from sslbench.config.compose import Composed
+    from sslbench.config.registry import Registry
+
+
+@dataclass(frozen=True)
+class Session:
+    """The global options of one command."""
+
+    catalog: Catalog
+    registry_path: Path | None
+    runs: Path
+
+    def registry(self) -> Registry:
+        from sslbench.config.registry import find_registry, load_registry
+
+        return load_registry(find_registry(self.registry_path))
+
+
+def complete(kind: Kind) -> Any:
+    def names(incomplete: str) -> Iterator[tuple[str, str]]:
+        for entry in Catalog().entries(kind):
+            if entry.name.startswith(incomplete):
+                yield entry.name, entry.summary
+
+    return names
+
+
+def complete_recipe(incomplete: str) -> Iterator[tuple[str, str]]:
+    from sslbench.config.registry import find_registry, load_registry
+
+    for name, recipe in load_registry(find_registry()).recipes.items():
+        if name.startswith(incomplete):
+            yield name, recipe.summary
+
+
+Method = Annotated[str | None, typer.Option(help="Method to pretrain with.", autocompletion=complete("method"))]
+DatasetName = Annotated[str | None, typer.Option(help="Data set.", autocompletion=complete("dataset"))]
+BackboneName = Annotated[str | None, typer.Option(help="Backbone.", autocompletion=complete("backbone"))]
+RecipeName = Annotated[
+    str | None, typer.Option(help="Start from a reviewed recipe.", autocompletion=complete_recipe)
+]
+ConfigFile = Annotated[Path | None, typer.Option("--config", help="YAML file with more options.")]
+Overrides = Annotated[
+    list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="Options such as train.epochs=10.")
+]
+AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]
+DryRun = Annotated[bool, typer.Option("--dry-run", help="Print what would be done and stop.")]
+Limit = Annotated[int | None, typer.Option(min=1, help="Stop after N steps; the run is left out of reports.")]
+EvalName = Annotated[str, typer.Argument(metavar="PROTOCOL", autocompletion=complete("eval"))]
+
+
+def compose_pretrain(
+    session: Session, recipe: str | None, file: Path | None, items: list[str], resume: str | None
+) -> tuple[Composed, Path | None]:
+    from sslbench.config.compose import Layer, compose, read_config_file
+    from sslbench.config.tree import parse_overrides
+    from sslbench.engine.runs import trained_run
+
+    layers: list[Layer] = []
+    resumed = None
+    if resume is not None:
+        resumed = trained_run(resume, session.runs)
+        saved = read_config_file(resumed / "config.yaml")
+        recipe = recipe or saved.values.get("recipe")
+        layers.append(saved)
+    layers += [read_config_file(file)] if file else []
+    layers.append(Layer("command line", parse_overrides(items)))
+    return compose(session.catalog, session.registry(), recipe=recipe, layers=layers), resumed
+
+
+def run_directory(session: Session, reference: str) -> Path:
+    from sslbench.engine.runs import find_run
+
+    return find_run(reference, session.runs)
