@@ -50,7 +50,8 @@ def _quoted(line: str) -> list[str]:
 def _without_globals(words: tuple[str, ...]) -> list[str]:
     """The words from the subcommand on; options of the program itself must be known."""
     rest = list(words)
-    flags = {name: option for option in GROUP.params for name in option.opts}
+    context = typer.Context(GROUP)
+    flags = {name: option for option in GROUP.get_params(context) for name in option.opts}
     while rest and rest[0].startswith("-"):
         option = flags[rest[0]]
         rest = rest[1:] if option.is_flag else rest[2:]
