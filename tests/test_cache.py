@@ -233,7 +233,7 @@ def test_a_full_disk_is_said_and_training_goes_on(
 ) -> None:
     lines: list[str] = []
     usage = shutil.disk_usage(root)
-    monkeypatch.setattr(cache_module.shutil, "disk_usage", lambda _path: usage._replace(free=1 << 20))
+    monkeypatch.setattr(shutil, "disk_usage", lambda _path: usage._replace(free=1 << 20))
     options = DataOptions(resident="mmap", cache_dir=folder)
     store = open_store(open_images(root), options, CPU, lines.append)
     assert isinstance(store, ResidentStore)

@@ -136,6 +136,11 @@ class DataOptions(Options):
     cache_dir: Path | None = cosmetic(None)
     """The folder for it, which can be deleted at any time; unset: `$XDG_CACHE_HOME/sslbench` or
     `~/.cache/sslbench`."""
+    packed_size: int | None = Field(None, ge=16)
+    """Pretrain on smaller copies of the images, of this short side in pixels, which are made once, as JPEGs in one
+    file in the cache; unset: on the original images. Evaluations always see the original images."""
+    packed_quality: int = Field(95, ge=50, le=100)
+    """Quality of these JPEGs."""
     workers: int | None = cosmetic(None, ge=0)
     """Decoding processes when images are not resident; unset: one per core, 8 at most."""
     max_unreadable: int = Field(0, ge=0)

@@ -12,7 +12,7 @@ from uuid import uuid4
 import numpy as np
 from numpy.typing import NDArray
 
-from sslbench.data.cache import default_folder
+from sslbench.data.entry import default_folder
 
 logger = logging.getLogger(__name__)
 

@@ -13,7 +13,8 @@ from torch import Tensor
 
 from sslbench import comm
 from sslbench.config.schema import DataOptions
-from sslbench.data.cache import MappedPixels, PixelCache, default_folder, read_sized
+from sslbench.data.cache import MappedPixels, PixelCache, read_sized
+from sslbench.data.entry import cache_folder
 from sslbench.data.imagefile import threaded
 from sslbench.data.placing import WORTH_KEEPING, Images, Place, Room, choose_place
 from sslbench.errors import ConfigError, DataError
@@ -207,8 +208,7 @@ def _pixel_cache(source: Source, size: tuple[int, int], options: DataOptions, lo
     revision = source.revision()
     if revision is None:
         return None
-    folder = options.cache_dir.expanduser() if options.cache_dir else default_folder()
-    return PixelCache(source, revision, size, folder, log)
+    return PixelCache(source, revision, size, cache_folder(options), log)
 
 
 def _pixels(source: Source, mapped: MappedPixels | None, unreadable: Unreadable) -> Tensor:

@@ -14,6 +14,7 @@ from sslbench import comm
 from sslbench.config.compose import Composed, Selection
 from sslbench.config.schema import TrainOptions
 from sslbench.data.loader import TrainLoader
+from sslbench.data.packed import pack
 from sslbench.data.splits import eval_split
 from sslbench.data.store import open_store
 from sslbench.data.views import ViewExecutor, expand
@@ -211,6 +212,7 @@ def _make_loader(
     if not specs:
         raise PluginError(f"method '{composed.method.name}' declares no views")
     source, indices = _training_images(composed, dataset)
+    source = pack(source, core.data, log)
     executor = ViewExecutor(
         expand(specs, info.size or DEFAULT_SIZE),
         size=info.size or DEFAULT_SIZE,

@@ -1,0 +1,158 @@
+"""Folders of things made from images, kept from one run to the next.
+
+An entry appears complete or not at all. It is found by what its images were read from
+(:meth:`sslbench.plugin.api.Source.revision`), so a changed file makes another entry and never shows old pixels.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import hashlib
+import json
+import os
+import shutil
+import tempfile
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from importlib.metadata import version
+from pathlib import Path
+from typing import Generic, TypeVar
+from uuid import uuid4
+
+from sslbench.config.schema import DataOptions
+from sslbench.errors import write_failure
+from sslbench.plugin.api import Source
+
+Log = Callable[[str], None]
+
+CACHE_VERSION = 1
+"""Part of every key. Bump it when the same files may give other pixels."""
+
+_SPARED = 1 << 30
+
+_Content = TypeVar("_Content")
+
+
+def default_folder() -> Path:
+    """``$XDG_CACHE_HOME/sslbench`` or ``~/.cache/sslbench``; for a user without a home, a temporary folder."""
+    try:
+        return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "sslbench"
+    except RuntimeError:
+        return Path(tempfile.gettempdir(), f"sslbench-{os.getuid()}")
+
+
+def cache_folder(options: DataOptions) -> Path:
+    """Where entries are kept."""
+    return options.cache_dir.expanduser() if options.cache_dir else default_folder()
+
+
+class Entry(ABC, Generic[_Content]):
+    """One folder.
+
+    Args:
+        name: how its folder's name starts.
+        source: the images.
+        revision: the source's.
+        options: what else the content depends on.
+        folder: where entries are kept.
+        log: receives progress and what stands in the way.
+    """
+
+    def __init__(self, name: str, source: Source, revision: str, options: object, folder: Path, log: Log) -> None:
+        self.source = source
+        self.revision = revision
+        self.log = log
+        codecs = [version("torchvision"), version("pillow")]
+        key = json.dumps([CACHE_VERSION, revision, len(source), options, codecs])
+        self.path = folder / f"{name}-{hashlib.blake2b(key.encode(), digest_size=16).hexdigest()}"
+
+    @property
+    @abstractmethod
+    def needed_bytes(self) -> int:
+        """About how much room the entry takes."""
+
+    @abstractmethod
+    def find(self) -> _Content | None:
+        """What an earlier run has kept; None if there is nothing, or it is damaged."""
+
+    @abstractmethod
+    def write(self, folder: Path) -> None:
+        """Make the content in an empty folder."""
+
+    def find_or_build(self) -> _Content | None:
+        """What is kept, or what is made and kept now; None if it cannot be kept, which is logged.
+
+        Only one process builds an entry; others wait for it.
+        """
+        found = self.find()
+        if found is not None:
+            return found
+        try:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            with _locked(self.path.with_name(f"{self.path.name}.lock"), self.log) as alone:
+                return self.find() or self._build(alone)
+        except OSError as error:
+            reason = write_failure(error, self.path) or str(error)
+            self.log(f"decoded images are not kept in {self.path.parent}: {reason}")
+            return None
+
+    def _build(self, alone: bool) -> _Content | None:
+        """Make everything in a folder of another name, which then gets its own.
+
+        Args:
+            alone: no other process builds this entry, so what is half-built is left over from one that was ended.
+        """
+        if alone:
+            for abandoned in self.path.parent.glob(f"{self.path.name}.*.partial"):
+                shutil.rmtree(abandoned, ignore_errors=True)
+        if not self._has_room():
+            return None
+        partial = self.path.with_name(f"{self.path.name}.{uuid4().hex}.partial")
+        partial.mkdir()
+        try:
+            self.write(partial)
+            if self.source.revision() != self.revision:
+                self.log("decoded images are not kept: files changed while they were read")
+                return None
+            if self.path.exists():  # but was not found
+                self.log(f"{self.path} was damaged and is replaced")
+                shutil.rmtree(self.path, ignore_errors=True)
+            partial.rename(self.path)
+        finally:
+            shutil.rmtree(partial, ignore_errors=True)
+        return self.find()
+
+    def _has_room(self) -> bool:
+        free = shutil.disk_usage(self.path.parent).free
+        if free >= self.needed_bytes + _SPARED:
+            return True
+        need = f"{self.needed_bytes >> 20} MiB and {_SPARED >> 20} MiB to spare, {free >> 20} MiB are free"
+        self.log(f"decoded images are not kept in {self.path.parent}, which is too full: they take {need}")
+        return False
+
+
+def write_synced(path: Path, content: bytes) -> None:
+    with path.open("wb") as file:
+        file.write(content)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+@contextmanager
+def _locked(path: Path, log: Log) -> Iterator[bool]:
+    """Wait until no other process holds the lock. It ends with the process.
+
+    Yields:
+        Whether the lock is held; False on a file system without locks.
+    """
+    with path.open("a") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            log(f"waiting for another process that decodes the same images into {path.parent}")
+            fcntl.flock(file, fcntl.LOCK_EX)
+        except OSError:
+            yield False
+            return
+        yield True
