@@ -14,7 +14,7 @@ from sslbench.errors import DataError
 from sslbench.evaluation.classifiers import FeatureScaling, LinearHead
 from sslbench.evaluation.convex import fit_svms
 from sslbench.evaluation.heldout import load_head
-from sslbench.evaluation.multilabel import class_precisions, shares_of, signs_of, stepwise_precision, unit_inputs
+from sslbench.evaluation.multilabel import average_precision, class_precisions, shares_of, signs_of, unit_inputs
 from sslbench.plugin.api import EvalOptions, EvalProtocol, FeatureTable, Job
 from sslbench.plugin.hooks import hookimpl
 
@@ -23,6 +23,8 @@ logger = logging.getLogger(__name__)
 COSTS = (*(2.0**p for p in range(-19, -3)), *(10.0**p for p in range(-7, 3)))
 """Goyal et al., appendix: C in 2^[-19,-4] and 10^[-7,2]."""
 Difficult = Literal["ignore", "absent"]
+HELD = 1 << 26
+"""Weights of images, one per machine, that are held at once: 256 MB."""
 
 
 class SvmConfig(EvalOptions):
@@ -88,21 +90,25 @@ class Svm(EvalProtocol):
         """The cost of each class, ``[C]``: that of the best mean average precision over the folds."""
         if len(self.cfg.costs) == 1:
             return [self.cfg.costs[0]] * len(signs)
-        return [self._choose_for_class(job, inputs, sign) for sign in signs]
+        machines = self.cfg.folds * len(self.cfg.costs) * signs.shape[1]
+        groups = torch.split(signs, max(1, HELD // machines))
+        return [cost for group in groups for cost in self._choose_for(job, inputs, group)]
 
-    def _choose_for_class(self, job: Job, inputs: Tensor, sign: Tensor) -> float:
-        """All folds and costs of one class are one computation."""
-        fold = stratified_folds(sign, self.cfg.folds)
-        grid = torch.tensor(self.cfg.costs, device=job.device)
-        which = torch.arange(self.cfg.folds, device=job.device).repeat_interleave(len(grid))
-        shares = shares_of(sign) * (fold != which[:, None])
-        weight = self._train(inputs, sign.expand_as(shares), shares, grid.repeat(self.cfg.folds))
-        precision = torch.zeros(len(grid))
-        for machine, number in enumerate(which.tolist()):
-            seen = fold == number
-            score = stepwise_precision(inputs[seen] @ weight[machine], sign[seen] > 0)
-            precision[machine % len(grid)] += score / self.cfg.folds
-        return self.cfg.costs[int(precision.argmax())]
+    def _choose_for(self, job: Job, inputs: Tensor, signs: Tensor) -> list[float]:
+        """The costs of some classes; their machines for all folds and costs are one computation."""
+        folds, grid = self.cfg.folds, torch.tensor(self.cfg.costs, device=job.device)
+        fold = torch.stack([stratified_folds(sign, folds) for sign in signs])
+        unseen = fold[:, None] == torch.arange(folds, device=job.device)[:, None]
+        shares = (shares_of(signs)[:, None] * ~unseen).flatten(0, 1).repeat_interleave(len(grid), 0)
+        repeated = signs.repeat_interleave(folds * len(grid), 0)
+        weight = self._train(inputs, repeated, shares, grid.repeat(len(shares) // len(grid)))
+        precision = torch.zeros(len(signs), folds, len(grid))
+        for c, f in torch.cartesian_prod(torch.arange(len(signs)), torch.arange(folds)).tolist():
+            machines = weight.view(*precision.shape, -1)[c, f]
+            seen, positive = inputs[unseen[c, f]], signs[c, unseen[c, f]] > 0
+            found = [average_precision(column, positive, monotone=False) for column in machines @ seen.T]
+            precision[c, f] = torch.tensor(found)
+        return [self.cfg.costs[best] for best in precision.mean(1).argmax(1).tolist()]
 
     def _train(self, inputs: Tensor, signs: Tensor, shares: Tensor, costs: Tensor) -> Tensor:
         return fit_svms(inputs, signs, shares, costs, tolerance=self.cfg.tolerance, max_steps=self.cfg.max_steps)

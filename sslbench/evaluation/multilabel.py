@@ -10,11 +10,12 @@ POSITIVE_WEIGHT = 2.0
 """How much more an image of the class weighs than one without it (Goyal et al., ICCV 2019, and others)."""
 
 
-def average_precision(scores: Tensor, positive: Tensor) -> float:
-    """Area under the precision-recall curve, precision made monotone from the right, in [0, 1].
+def average_precision(scores: Tensor, positive: Tensor, *, monotone: bool = True) -> float:
+    """Area under the precision-recall curve, in [0, 1].
 
-    This is VOC's measure since 2010, at all recall points; the one of 2007 looks at 11. Images of equal score
-    enter the curve together. NaN without a positive image.
+    With precision made monotone from the right it is VOC's measure since 2010, at all recall points (that of 2007
+    looks at 11); without it is scikit-learn's ``average_precision_score``. Images of equal score enter the curve
+    together. NaN without a positive image.
 
     Args:
         scores: ``[N]``.
@@ -25,16 +26,10 @@ def average_precision(scores: Tensor, positive: Tensor) -> float:
     ends = counts.cumsum(0) - 1
     hits = positive[order].double().cumsum(0)[ends]
     precision = hits / (ends + 1)
-    monotone = precision.flip(0).cummax(0).values.flip(0)
+    if monotone:
+        precision = precision.flip(0).cummax(0).values.flip(0)
     gained = hits.diff(prepend=hits.new_zeros(1))
-    return float((gained * monotone).sum() / hits[-1])
-
-
-def stepwise_precision(scores: Tensor, positive: Tensor) -> float:
-    """Average precision without the monotone envelope, as scikit-learn's ``average_precision_score``."""
-    from sklearn.metrics import average_precision_score
-
-    return float(average_precision_score(positive.cpu().numpy(), scores.cpu().numpy()))
+    return float((gained * precision).sum() / hits[-1])
 
 
 def class_precisions(scores: Tensor, targets: Tensor, ignore_difficult: bool = True) -> list[float]:
