@@ -64,7 +64,7 @@ OURS: dict[str, tuple[list[dict[str, Any]], dict[str, Any]]] = {
 """The views and options that compute what lightly's documented CIFAR-10 settings compute."""
 
 
-def main() -> None:
+def main() -> int:
     options = parse()
     setting = SETTINGS[options.backbone]
     report = open_report(options, render)
@@ -73,6 +73,7 @@ def main() -> None:
         cases += [case for views in options.relations for case in relation(views, str(images), options)]
         measure(cases, 1 if options.quick else options.rounds or setting.rounds, report)
     print(render(report))
+    return 1 if report.failures else 0
 
 
 def parse() -> argparse.Namespace:
@@ -180,4 +181,4 @@ def row(report: Report, group: str, case: str) -> list[str]:
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import statistics
+import sys
 from pathlib import Path
 
 from harness import Case, Report, arguments, measure, open_report, python, table
@@ -18,7 +19,7 @@ PHASES = ("geometry", "crop", "colours", "forward", "backward", "optimiser", "af
 METHODS = ("simclr", "byol", "moco", "swav", "scrl", "relationnet")
 
 
-def main() -> None:
+def main() -> int:
     options = parse()
     report = open_report(options, render)
     seconds = 0.5 if options.quick else 3
@@ -30,6 +31,7 @@ def main() -> None:
         ]
         measure(cases, 1 if options.quick else 3, report)
     print(render(report))
+    return 1 if report.failures else 0
 
 
 def parse() -> argparse.Namespace:
@@ -80,4 +82,4 @@ def row(report: Report, backbone: str, method: str, clock: str) -> list[str]:
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import sys
 import tempfile
 from contextlib import ExitStack
 from pathlib import Path
@@ -41,7 +42,7 @@ AXES = {
 }
 
 
-def main() -> None:
+def main() -> int:
     options = parse()
     report = open_report(options, render)
     with ExitStack() as stack:
@@ -52,6 +53,7 @@ def main() -> None:
         cases = [case for name in options.axes for case in points(name, images, photos, options)]
         measure(cases, 1 if options.quick else options.rounds, report)
     print(render(report))
+    return 1 if report.failures else 0
 
 
 def parse() -> argparse.Namespace:
@@ -111,4 +113,4 @@ def row(report: Report, name: str, point: str) -> list[str]:
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())
