@@ -9,6 +9,8 @@ from reference import from_pil, photo_tiles, to_pil
 from torchvision.transforms.v2 import functional as TF
 
 from sslbench.data import augment
+from sslbench.data.grouping import Arranged
+from sslbench.data.jitter import BRIGHTNESS, CONTRAST, HUE, SATURATION, compose, run
 from sslbench.data.photometric import augment_colors, blur_radius, changes_colors, jitter_factors, jitter_orders
 from sslbench.plugin.viewspec import Blur, Jitter, ViewSpec
 from sslbench.rng import Draws
@@ -31,30 +33,43 @@ def images():
 
 
 JITTERS = [
-    ("brightness", augment.adjust_brightness, TF.adjust_brightness, (0.0, 1.9)),
-    ("contrast", augment.adjust_contrast, TF.adjust_contrast, (0.0, 1.9)),
-    ("saturation", augment.adjust_saturation, TF.adjust_saturation, (0.0, 1.9)),
-    ("hue", augment.adjust_hue, TF.adjust_hue, (-0.5, 0.5)),
+    ("brightness", BRIGHTNESS, TF.adjust_brightness, (0.0, 1.9)),
+    ("contrast", CONTRAST, TF.adjust_contrast, (0.0, 1.9)),
+    ("saturation", SATURATION, TF.adjust_saturation, (0.0, 1.9)),
+    ("hue", HUE, TF.adjust_hue, (-0.5, 0.5)),
 ]
 
 
-@pytest.mark.parametrize(("name", "ours", "theirs", "limits"), JITTERS, ids=[j[0] for j in JITTERS])
-def test_jitter_kernels_equal_torchvision(images, name, ours, theirs, limits):
+def adjust(images: torch.Tensor, operation: int, parameter: torch.Tensor) -> torch.Tensor:
+    """One operation of jitter, the others neutral."""
+    count = len(images)
+    factors = torch.tensor([1.0, 1.0, 1.0, 0.0]).repeat(count, 1)
+    factors[:, operation] = parameter
+    everyone, nobody = torch.ones(count, dtype=torch.bool), torch.zeros(count, dtype=torch.bool)
+    arranged = Arranged(images)
+    orders = torch.arange(4).expand(count, 4)
+    run(arranged, compose(orders, factors, everyone, turns=operation == HUE, gray=nobody), None)
+    return arranged.restore()
+
+
+@pytest.mark.parametrize(("name", "operation", "theirs", "limits"), JITTERS, ids=[j[0] for j in JITTERS])
+def test_jitter_kernels_equal_torchvision(images, name, operation, theirs, limits):
     parameter = torch.linspace(*limits, len(images))[torch.randperm(len(images))]
     before = images.clone()
     expected = torch.stack([theirs(i, p.item()) for i, p in zip(images, parameter, strict=True)])
-    assert (ours(images, parameter) - expected).abs().max() < FLOAT_TOLERANCE
+    assert (adjust(images, operation, parameter) - expected).abs().max() < FLOAT_TOLERANCE
     assert torch.equal(images, before), "the input must stay as it was"
 
 
-@pytest.mark.parametrize(("name", "ours", "theirs", "limits"), JITTERS, ids=[j[0] for j in JITTERS])
-def test_neutral_parameter_changes_nothing(images, name, ours, theirs, limits):
+@pytest.mark.parametrize(("name", "operation", "theirs", "limits"), JITTERS, ids=[j[0] for j in JITTERS])
+def test_neutral_parameter_changes_nothing(images, name, operation, theirs, limits):
     neutral = torch.full((len(images),), 0.0 if name == "hue" else 1.0)
-    assert (ours(images, neutral) - images).abs().max() < FLOAT_TOLERANCE
+    assert (adjust(images, operation, neutral) - images).abs().max() < FLOAT_TOLERANCE
 
 
 def test_grayscale_equals_torchvision(images):
-    assert (augment.grayscale(images) - TF.rgb_to_grayscale(images, 3)).abs().max() < FLOAT_TOLERANCE
+    gray = augment_colors(images, ViewSpec(gray=1.0), Draws(0, 0, torch.arange(len(images))), "v")
+    assert (gray - TF.rgb_to_grayscale(images, 3)).abs().max() < FLOAT_TOLERANCE
 
 
 def test_solarize_equals_pil_on_every_grey_level():

@@ -10,7 +10,7 @@ import torch
 from scipy import stats
 from torch import Tensor
 
-from sslbench.rng import Draws, derive_seed, hash_uniform
+from sslbench.rng import Draws, _hash_on_device, _hash_words, derive_seed, hash_uniform
 
 MASK = (1 << 64) - 1
 GOLDEN = 0x9E3779B97F4A7C15
@@ -170,3 +170,16 @@ def test_a_batch_draws_on_its_own_device() -> None:
     assert moved.device.type == "meta"
     assert moved.shape == (4, 2, 3)
     assert torch.equal(draws.uniform("s", 2, 3, device=torch.device("cpu")), draws.uniform("s", 2, 3))
+
+
+def test_stacked_streams_are_the_streams():
+    draws = Draws(3, 5, torch.arange(1000, 1007))
+    stacked = draws.stacked(["view0/crop", "view1/crop"], 2, 3)
+    assert torch.equal(stacked[0], draws.uniform("view0/crop", 2, 3))
+    assert torch.equal(stacked[1], draws.uniform("view1/crop", 2, 3))
+
+
+def test_signed_and_unsigned_arithmetic_agree():
+    counters = torch.tensor([0, 1, 2**40, 2**62, -1])
+    for key in (0, 5, 2**63 - 1):
+        assert torch.equal(_hash_words([key], counters, 7)[0], _hash_on_device(key, counters, 7))

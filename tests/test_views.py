@@ -219,3 +219,57 @@ def test_memory_format(channels_last):
     layout = torch.channels_last if channels_last else torch.contiguous_format
     _, (view,) = run(executor(FULL, channels_last=channels_last), photo_tiles(32, 32)[:8], torch.arange(8))
     assert view.images.is_contiguous(memory_format=layout)
+
+
+EVERYTHING = [
+    FULL,
+    ViewSpec(jitter=Jitter(p=0.8, brightness=0.8, contrast=0.8, saturation=0.8, hue=0.2), gray=0.2, blur=Blur()),
+    ViewSpec(crop="padded", gray=0.3),
+    ViewSpec(jitter=Jitter(hue=0), blur=Blur(kind="resize"), interpolation="bilinear"),
+    ViewSpec(autoaugment=0.5, jitter=Jitter()),
+    ViewSpec(),
+]
+
+
+@pytest.mark.parametrize("spec", EVERYTHING)
+def test_views_of_one_kind_are_computed_together_as_if_alone(spec):
+    """Three views of one specification, against each of them between views of other kinds."""
+    images, positions = photo_tiles(32, 32)[:40], torch.arange(40)
+    geometry, together = run(executor(spec.model_copy(update={"count": 3})), images, positions)
+    others = [ViewSpec(size=number) for number in (5, 6, 7)]
+    for v in range(3):
+        apart_geometry, apart = run(executor(*others[:v], spec, *others[v + 1 :]), images, positions)
+        assert torch.equal(apart_geometry[v].box, geometry[v].box)
+        assert torch.equal(apart[v].box, together[v].box)
+        assert torch.equal(apart[v].flip, together[v].flip)
+        difference = (apart[v].images - together[v].images).abs()
+        assert (difference > 1e-4).float().mean() < 1e-4, "thresholds may fall on either side of a value"
+    assert (together[0].images - together[1].images).abs().mean() > 0.01
+
+
+@pytest.mark.parametrize("spec", EVERYTHING)
+def test_cutting_a_batch_into_cached_pieces_changes_nothing(spec, monkeypatch):
+    images, positions = photo_tiles(32, 32)[:40], torch.arange(40)
+    views = executor(spec.model_copy(update={"count": 2}))
+    _, whole = run(views, images, positions)
+    monkeypatch.setattr("sslbench.data.views._CACHED_VALUES", 7 * images[0].numel() + 1)
+    _, pieces = run(views, images, positions)
+    for a, b in zip(whole, pieces, strict=True):
+        difference = (a.images - b.images).abs()
+        assert (difference > 1e-4).float().mean() < 1e-4, "thresholds may fall on either side of a value"
+
+
+@pytest.mark.parametrize("crop", ["resized", "padded", "none"])
+def test_tables_of_matrices_and_single_images_crop_alike(crop, monkeypatch):
+    images, positions = photo_tiles(36, 48)[:24], torch.arange(24)
+    views = executor(ViewSpec(crop=crop, size=24, count=2))
+    geometry = views.geometry(Draws(1, 0, positions), same_sizes(24, 36, 48))
+    by_table = views.crop(images, geometry)
+    monkeypatch.setattr("sslbench.data.resample._TABLE_LIMIT", 0)
+    for a, b in zip(by_table, views.crop(images, geometry), strict=True):
+        assert (a - b).abs().max() < 1e-6
+    monkeypatch.setattr("sslbench.data.views._MOST_PRODUCTS", 0)
+    for a, b in zip(by_table, views.crop(images, geometry), strict=True):
+        assert b.dtype == torch.uint8
+        assert (255 * a - b).abs().mean() < 0.4
+        assert (255 * a - b).abs().max() < 2.5

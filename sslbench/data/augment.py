@@ -8,75 +8,55 @@ says otherwise.
 from __future__ import annotations
 
 from functools import lru_cache
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from torch.nn import functional
 
 from sslbench.data.resample import resample, resize_matrix, to_rows
 
 LUMA = (0.2989, 0.587, 0.114)
 """ITU-R 601 weights of red, green and blue, rounded as torchvision has them."""
 _CACHED_VALUES = 1 << 17
+_SMALL_RADIUS = 2
+"""Up to which a two-dimensional kernel is faster than two one-dimensional ones."""
 
 
-def _per_image(values: Tensor) -> Tensor:
-    return values[:, None, None, None]
-
-
-def _luma(images: Tensor) -> Tensor:
-    """Brightness of each pixel, ``[B,1,H,W]``."""
-    red, green, blue = images.chunk(3, dim=1)
-    return (red * LUMA[0]).add_(green, alpha=LUMA[1]).add_(blue, alpha=LUMA[2])
-
-
-def adjust_brightness(images: Tensor, factor: Tensor) -> Tensor:
-    """Scale towards black (factor < 1) or away from it; ``factor`` is ``[B]``."""
-    return (images * _per_image(factor)).clamp_(0, 1)
-
-
-def adjust_contrast(images: Tensor, factor: Tensor) -> Tensor:
-    """Scale around the mean brightness of each image; ``factor`` is ``[B]``."""
-    red, green, blue = images.mean(dim=(2, 3)).unbind(1)
-    mean = red * LUMA[0] + green * LUMA[1] + blue * LUMA[2]
-    return (images * _per_image(factor)).add_(_per_image((1 - factor) * mean)).clamp_(0, 1)
-
-
-def adjust_saturation(images: Tensor, factor: Tensor) -> Tensor:
-    """Scale around the brightness of each pixel; ``factor`` is ``[B]``."""
-    return torch.lerp(_luma(images), images, _per_image(factor)).clamp_(0, 1)
-
-
-def adjust_hue(images: Tensor, shift: Tensor) -> Tensor:
-    """Turn the colour circle by ``shift`` ``[B]``, a fraction of the full turn.
+def shift_hue_(images: Tensor, shift: Tensor) -> None:
+    """Turn the colour circle by ``shift`` ``[B]``, a fraction of the full turn; in place.
 
     In HSV terms a channel is V - C*w: V the maximum, C the range of the three channels, w a trapezoid of the hue's
     distance from the channel's own hue. V and C survive a change of hue, so only w is computed anew. Nothing
     here branches per pixel: ``torch.where`` alone would take longer than all of this on a CPU.
     """
-    value, low = images.amax(1), images.amin(1)
-    chroma = value - low
-    hue = _hue(images, low, chroma).add_(6 * shift[:, None, None])
-    hue.sub_((hue / 6).floor_(), alpha=6)
-    weights = torch.stack([hue - 3, hue - 2, hue - 4], dim=1).abs_()
-    weights[:, 0].neg_().add_(3)
-    weights.sub_(1).clamp_(0, 1)
-    return torch.addcmul(value[:, None], weights, chroma[:, None], value=-1)
+    high, low = images.amax(1), images.amin(1)
+    six_chroma = (high - low).mul_(6).clamp_(min=6e-8)
+    hue = _hue(images, low, six_chroma).add_(1 + shift[:, None, None]).frac_()
+    # With distances in turns, C*w of green and blue is 6C * min(max(distance, 1/6), 1/3) - C. For red, C - C*w
+    # is the same function of the distance from cyan.
+    distance = (hue[:, None] - _opposites(images.device)).abs_().clamp_(1 / 6, 1 / 3)
+    low.sub_(six_chroma, alpha=1 / 6)
+    high.add_(six_chroma, alpha=1 / 6)
+    torch.addcmul(low, distance[:, 0], six_chroma, out=images[:, 0])
+    torch.addcmul(high[:, None], distance[:, 1:], six_chroma[:, None], value=-1, out=images[:, 1:])
 
 
-def _hue(images: Tensor, low: Tensor, chroma: Tensor) -> Tensor:
-    """Signed distance from red on the colour circle in sixths, from -3 to 3; anything for grey. ``[B,H,W]``.
+@lru_cache(maxsize=8)
+def _opposites(device: torch.device) -> Tensor:
+    """Hues of cyan, green and blue in turns, ``[3,1,1]``."""
+    return torch.tensor([1 / 2, 1 / 3, 2 / 3], device=device)[:, None, None]
+
+
+def _hue(images: Tensor, low: Tensor, six_chroma: Tensor) -> Tensor:
+    """Signed distance from red on the colour circle in turns, from -1/2 to 1/2; anything for grey. ``[B,H,W]``.
 
     Going from red to cyan on either side, first the one rises, then red falls, then the other rises, each by C:
     together they have moved by (g-min) + (b-min) + (max-r), which is C + g + b - r - min.
     """
     red, green, blue = images.unbind(1)
-    moved = (green - red).add_(blue - low).div_(chroma.clamp(min=1e-8)).add_(1)
-    return torch.copysign(moved, green - blue)
-
-
-def grayscale(images: Tensor) -> Tensor:
-    """The brightness of each pixel in all three channels."""
-    return _luma(images).expand_as(images)
+    moved = (green - red).add_(blue).sub_(low).div_(six_chroma).add_(1 / 6)
+    return moved.copysign_(green - blue)
 
 
 def solarize(images: Tensor, threshold: float = 128 / 255) -> Tensor:
@@ -92,21 +72,16 @@ def gaussian_blur(images: Tensor, sigma: Tensor, radius: int) -> Tensor:
         sigma: standard deviations in pixels, ``[B]``.
         radius: in pixels.
     """
-    side = images.shape[-1]
     tap = torch.arange(-radius, radius + 1, device=images.device, dtype=torch.float32)
     taps = torch.exp(-0.5 * (tap / sigma[:, None]).square())
-    taps /= taps.sum(1, keepdim=True)
-    matrices = (taps @ _reflected_shifts(side, radius, images.device)).reshape(-1, side, side)
-    return resample(to_rows(images), matrices, matrices)
-
-
-@lru_cache(maxsize=16)
-def _reflected_shifts(side: int, radius: int, device: torch.device) -> Tensor:
-    """Matrices that shift an axis by -radius..radius pixels with reflection: ``[2*radius+1, side*side]``."""
-    shift = torch.arange(-radius, radius + 1)[:, None]
-    source = (torch.arange(side) + shift).abs()
-    source = (side - 1) - (side - 1 - source).abs()
-    return torch.nn.functional.one_hot(source, side).to(device, torch.float32).flatten(1)
+    taps = (taps / taps.sum(1, keepdim=True)).repeat_interleave(3, dim=0)[:, None]
+    planes = functional.pad(images, (radius,) * 4, mode="reflect").flatten(0, 1)[None]
+    across, down = taps[:, :, None], taps[:, :, :, None]
+    # Two passes take 4r+2 products a pixel, one pass takes (2r+1)^2, but reads the pixels once.
+    kernels = (down * across,) if radius <= _SMALL_RADIUS else (across, down)
+    for kernel in kernels:
+        planes = functional.conv2d(planes, kernel, groups=planes.shape[1])
+    return planes.view_as(images)
 
 
 def resize_blur(images: Tensor, factor: float) -> Tensor:
@@ -122,6 +97,13 @@ def resize_blur(images: Tensor, factor: float) -> Tensor:
 def _resize_matrix(source: int, target: int, device: torch.device) -> Tensor:
     whole = torch.tensor([0.0, source], device=device)
     return resize_matrix(whole[:1], whole[1:], source, target, "bicubic")
+
+
+class Normalization(NamedTuple):
+    """Per channel of images in [0, 1], ``[3]`` on the device."""
+
+    mean: Tensor
+    std: Tensor
 
 
 def normalize(images: Tensor, mean: Tensor, std: Tensor) -> Tensor:

@@ -11,20 +11,51 @@ import torch
 from torch import Tensor
 
 
-def apply_where(images: Tensor, chosen: Tensor, operation: Callable[..., Tensor], *parameters: Tensor) -> None:
-    """Replace some images by an operation's result.
+class Arranged:
+    """The images of a batch in an order that changes, so that those which share an operation come first.
+
+    A row is gathered in one piece, and operations on the first rows work in place; scattering rows back is much
+    slower.
 
     Args:
-        images: ``[B,...]``, modified in place.
-        chosen: which ones, bool ``[B]`` on the CPU.
-        operation: takes images and their parameters.
-        parameters: ``[B]`` each, on the CPU.
+        images: ``[N,...]``; not modified, but :attr:`rows` may be them until :meth:`sort`.
     """
-    rows = chosen.nonzero().flatten()
-    if len(rows):
-        on_device = to_device_of(images, rows)
-        part = operation(images.index_select(0, on_device), *(to_device_of(images, p[rows]) for p in parameters))
-        images.index_copy_(0, on_device, part)
+
+    def __init__(self, images: Tensor) -> None:
+        self.rows = images
+        """The images as they lie now."""
+        self._order = torch.arange(len(images))
+
+    def sort(self, key: Tensor) -> None:
+        """Sort by a number per image ``[N]`` (on the CPU, in the original order), highest first."""
+        self._arrange(key.argsort(descending=True, stable=True))
+
+    def of(self, values: Tensor) -> Tensor:
+        """Values ``[N,...]`` in the original order, brought to the device and into the present one."""
+        return to_device_of(self.rows, values[self._order])
+
+    def replace(self, chosen: Tensor, operation: Callable[..., Tensor], *parameters: Tensor) -> None:
+        """Replace some images by an operation's result.
+
+        Args:
+            chosen: which ones, bool ``[N]`` on the CPU, in the original order as everything here.
+            operation: takes images and their parameters, one each; may not work in place.
+            parameters: ``[N]`` each, on the CPU.
+        """
+        count = int(chosen.sum())
+        if count:
+            self.sort(chosen.int())
+            self.rows[:count] = operation(self.rows[:count], *(self.of(values)[:count] for values in parameters))
+
+    def restore(self) -> Tensor:
+        """The images in their original order."""
+        self._arrange(torch.arange(len(self._order)))
+        return self.rows
+
+    def _arrange(self, order: Tensor) -> None:
+        moves = self._order.argsort()[order]
+        self.rows = self.rows.index_select(0, to_device_of(self.rows, moves))
+        self._order = order
 
 
 def apply_in_turns(

@@ -6,19 +6,72 @@ numbers and parameters are known on the CPU: nothing here waits for the device.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from itertools import permutations
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from sslbench.data import augment
-from sslbench.data.autoaugment import autoaugment, decide
-from sslbench.data.grouping import apply_in_turns, apply_where, to_device_of
+from sslbench.data.autoaugment import Decisions, autoaugment, decide
+from sslbench.data.grouping import Arranged, to_device_of
+from sslbench.data.jitter import Program, compose, compose_grayscale, run
 from sslbench.plugin.viewspec import Blur, Jitter, ViewSpec
 from sslbench.rng import Draws
 
 _ORDERS = torch.tensor(list(permutations(range(4))))
-_JITTERS = (augment.adjust_brightness, augment.adjust_contrast, augment.adjust_saturation, augment.adjust_hue)
+
+
+class Colors(NamedTuple):
+    """What happens to the colours of N images, all by one specification. CPU tensors; None: to no image."""
+
+    program: Program | None = None
+    """Jitter and greyscale."""
+    blur: Tensor | None = None
+    """float32 ``[N,2]`` in [0, 1): whether, how much."""
+    solarize: Tensor | None = None
+    """bool ``[N]``"""
+    policy: Tensor | None = None
+    """bool ``[N]``: images that AutoAugment changes instead of all of this."""
+    decisions: Decisions | None = None
+    """What it does."""
+
+    def of(self, rows: slice | Tensor) -> Colors:
+        """What happens to some of the images."""
+        return Colors._make(_part(part, rows) for part in self)
+
+
+def _part(part: Program | Decisions | Tensor | None, rows: slice | Tensor) -> Program | Decisions | Tensor | None:
+    if part is None or isinstance(part, Tensor):
+        return None if part is None else part[rows]
+    return type(part)._make(tensor[rows] for tensor in part)
+
+
+def draw_colors(spec: ViewSpec, draws: Draws, streams: Sequence[str]) -> Colors:
+    """Draw the colours of V views of B images.
+
+    Args:
+        spec: that of all these views.
+        draws: random numbers of the B samples.
+        streams: prefix of the random streams of each view.
+
+    Returns:
+        For N = V*B images, those of the first view first.
+    """
+
+    def uniform(name: str, *shape: int) -> Tensor:
+        return draws.stacked([f"{stream}/{name}" for stream in streams], *shape).flatten(0, 1)
+
+    gray = uniform("gray") < spec.gray if spec.gray > 0 else None
+    policy = uniform("autoaugment", 6) if spec.autoaugment > 0 else None
+    return Colors(
+        _program(spec.jitter, None if spec.jitter is None else uniform("jitter", 6), gray),
+        None if spec.blur is None else uniform("blur", 2),
+        None if spec.solarize == 0 else uniform("solarize") < spec.solarize,
+        None if policy is None else policy[:, 0] < spec.autoaugment,
+        None if policy is None else decide(policy[:, 1:]),
+    )
 
 
 def augment_colors(images: Tensor, spec: ViewSpec, draws: Draws, stream: str) -> Tensor:
@@ -30,38 +83,51 @@ def augment_colors(images: Tensor, spec: ViewSpec, draws: Draws, stream: str) ->
         draws: random numbers of these B samples.
         stream: prefix of this view's random streams.
     """
-    if not changes_colors(spec):
-        return images
-    if spec.autoaugment == 0:
-        return _regular_colors(images, spec, draws, stream)
-    return _policy_or_regular_colors(images, spec, draws, stream)
+    return apply_colors(images, spec, draw_colors(spec, draws, [stream])) if changes_colors(spec) else images
 
 
-def _policy_or_regular_colors(images: Tensor, spec: ViewSpec, draws: Draws, stream: str) -> Tensor:
-    uniform = draws.uniform(f"{stream}/autoaugment", 6)
-    by_policy = uniform[:, 0] < spec.autoaugment
-    order = by_policy.logical_not().int().argsort(stable=True)
-    split = int(by_policy.sum())
+def apply_colors(
+    images: Tensor, spec: ViewSpec, colors: Colors, normalization: augment.Normalization | None = None
+) -> Tensor:
+    """Carry out what was drawn, then normalise.
+
+    Args:
+        images: float ``[N,3,S,S]`` in [0, 1]; not modified.
+        spec: what the colours were drawn by.
+        colors: of these images.
+        normalization: None: the results are in [0, 1].
+    """
+    if colors.policy is None:
+        return _regular_colors(images, spec, colors, normalization)
+    order = colors.policy.int().argsort(descending=True, stable=True)
+    split = int(colors.policy.sum())
     policy, regular = to_device_of(images, order).tensor_split([split])
-    others = Draws(draws.seed, draws.step, draws.positions[order[split:]])
+    decisions = colors.of(order[:split]).decisions
+    assert decisions is not None
+    changed = autoaugment(images.index_select(0, policy), decisions)
     parts = (
-        autoaugment(images.index_select(0, policy), decide(uniform[order[:split], 1:])),
-        _regular_colors(images.index_select(0, regular), spec, others, stream),
+        changed if normalization is None else augment.normalize(changed, *normalization),
+        _regular_colors(images.index_select(0, regular), spec, colors.of(order[split:]), normalization),
     )
     return torch.cat(parts).index_select(0, to_device_of(images, order.argsort()))
 
 
-def _regular_colors(images: Tensor, spec: ViewSpec, draws: Draws, stream: str) -> Tensor:
-    images = images.clone()
-    if spec.jitter is not None:
-        _jitter(images, spec.jitter, draws.uniform(f"{stream}/jitter", 6))
-    if spec.gray > 0:
-        apply_where(images, draws.uniform(f"{stream}/gray") < spec.gray, augment.grayscale)
-    if spec.blur is not None:
-        _blur(images, spec.blur, draws.uniform(f"{stream}/blur", 2))
-    if spec.solarize > 0:
-        apply_where(images, draws.uniform(f"{stream}/solarize") < spec.solarize, augment.solarize)
-    return images
+def _regular_colors(
+    images: Tensor, spec: ViewSpec, colors: Colors, normalization: augment.Normalization | None
+) -> Tensor:
+    # A Gaussian blur and an affine map commute; other operations need values in [0, 1].
+    at_once = colors.solarize is None and (spec.blur is None or spec.blur.kind == "gaussian")
+    arranged = Arranged(images)
+    if colors.program is not None:
+        run(arranged, colors.program, normalization if at_once else None)
+    if colors.blur is not None and spec.blur is not None:
+        _blur(arranged, spec.blur, colors.blur)
+    if colors.solarize is not None:
+        arranged.replace(colors.solarize, augment.solarize)
+    images = arranged.restore()
+    if normalization is None or (at_once and colors.program is not None):
+        return images
+    return augment.normalize(images, *normalization)
 
 
 def changes_colors(spec: ViewSpec) -> bool:
@@ -83,16 +149,17 @@ def jitter_orders(uniform: Tensor) -> Tensor:
     return _ORDERS[(uniform * len(_ORDERS)).long()]
 
 
-def _jitter(images: Tensor, jitter: Jitter, uniform: Tensor) -> None:
-    """Apply colour jitter in place; ``uniform`` is ``[B,6]``: whether, order, four parameters."""
-    strengths = (jitter.brightness, jitter.contrast, jitter.saturation, jitter.hue)
-    chosen = uniform[:, 0] < jitter.p
-    if not any(strengths):
-        return
-    orders = jitter_orders(uniform[chosen, 1])
-    factors = jitter_factors(jitter, uniform[chosen, 2:]).gather(1, orders)
-    operations = [adjust if strength > 0 else None for adjust, strength in zip(_JITTERS, strengths, strict=True)]
-    apply_where(images, chosen, lambda part: apply_in_turns(part, orders.T, factors.T, operations))
+def _program(jitter: Jitter | None, uniform: Tensor | None, gray: Tensor | None) -> Program | None:
+    """The program of jitter (``uniform`` is ``[N,6]``: whether, order, four parameters) and greyscale."""
+    if jitter is None or uniform is None:
+        return None if gray is None else compose_grayscale(gray)
+    return compose(
+        jitter_orders(uniform[:, 1]),
+        jitter_factors(jitter, uniform[:, 2:]),
+        uniform[:, 0] < jitter.p,
+        jitter.hue > 0,
+        torch.zeros(len(uniform), dtype=torch.bool) if gray is None else gray,
+    )
 
 
 def blur_radius(blur: Blur, side: int) -> int:
@@ -100,14 +167,14 @@ def blur_radius(blur: Blur, side: int) -> int:
     return max(1, int(blur.kernel * side) // 2)
 
 
-def _blur(images: Tensor, blur: Blur, uniform: Tensor) -> None:
-    """Blur in place; ``uniform`` is ``[B,2]``: whether, how much."""
+def _blur(images: Arranged, blur: Blur, uniform: Tensor) -> None:
+    """Blur some images; ``uniform`` is ``[N,2]``: whether, how much."""
     chosen = uniform[:, 0] < blur.p
     if blur.kind == "gaussian":
-        radius = blur_radius(blur, images.shape[-1])
+        radius = blur_radius(blur, images.rows.shape[-1])
         sigma = blur.sigma[0] + (blur.sigma[1] - blur.sigma[0]) * uniform[:, 1]
-        apply_where(images, chosen, lambda part, values: augment.gaussian_blur(part, values, radius), sigma)
+        images.replace(chosen, lambda part, values: augment.gaussian_blur(part, values, radius), sigma)
         return
     choice = (uniform[:, 1] * len(blur.factors)).long()
     for number, factor in enumerate(blur.factors):
-        apply_where(images, chosen & (choice == number), lambda part, f=factor: augment.resize_blur(part, f))
+        images.replace(chosen & (choice == number), lambda part, f=factor: augment.resize_blur(part, f))

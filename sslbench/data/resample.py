@@ -7,8 +7,13 @@ The weights are those of Pillow's ``Image.resize`` on the cropped image.
 
 from __future__ import annotations
 
+from functools import lru_cache
+
 import torch
 from torch import Tensor
+
+_TABLE_LIMIT = 32 << 20
+"""Bytes of matrices that are worth keeping."""
 
 
 def bilinear_kernel(distance: Tensor) -> Tensor:
@@ -70,27 +75,64 @@ def resize_matrix(
     return weights[:, :, margin : margin + length]
 
 
+def crop_matrix(
+    start: Tensor,
+    stop: Tensor,
+    length: int,
+    out: int,
+    interpolation: str,
+    flip: Tensor,
+    margin: int,
+    device: torch.device,
+) -> Tensor:
+    """:func:`resize_matrix` on a device, from arguments on the CPU.
+
+    A short axis has few crops: the matrices of all of them are computed once, and a batch looks its own up.
+    """
+    extent = length + 2 * margin
+    if 4 * length * out * extent * (extent + 1) > _TABLE_LIMIT:
+        start, stop, flip = (part.to(device, non_blocking=True) for part in (start, stop, flip))
+        return resize_matrix(start, stop, length, out, interpolation, flip, margin)
+    last, first = (stop + margin - 1).long(), (start + margin).long()
+    number = 2 * (last * (last + 1) // 2 + first) + flip
+    table = _crop_table(length, out, interpolation, margin, device)
+    return table.index_select(0, number.to(device, non_blocking=True))
+
+
+@lru_cache(maxsize=8)
+def _crop_table(length: int, out: int, interpolation: str, margin: int, device: torch.device) -> Tensor:
+    """Matrices of all crops of an axis, by last and first pixel and flip: ``[M,out,length]``."""
+    last, first = torch.tril_indices(length + 2 * margin, length + 2 * margin)
+    start, stop = ((edge - margin).float().repeat_interleave(2) for edge in (first, last + 1))
+    flip = torch.tensor([False, True]).repeat(len(first))
+    return resize_matrix(start, stop, length, out, interpolation, flip, margin).to(device)
+
+
 def to_rows(images: Tensor) -> Tensor:
     """``[B,C,H,W]`` to float32 ``[B,H,C,W]``, the layout :func:`resample` reads; values stay as they are."""
     return images.permute(0, 2, 1, 3).to(torch.float32, memory_format=torch.contiguous_format)
 
 
 def resample(rows: Tensor, vertical: Tensor, horizontal: Tensor) -> Tensor:
-    """Apply a pair of matrices per image.
+    """Apply pairs of matrices to images.
 
     Both passes are cut to [0, 1], as by Pillow's 8-bit intermediate: the bicubic kernel overshoots at edges.
 
     Args:
         rows: ``[B,H,C,W]`` in [0, 1].
-        vertical: ``[B,H',H]``.
-        horizontal: ``[B,W',W]``.
+        vertical: ``[V*B,H',H]``, of V views of all images one after the other.
+        horizontal: ``[V*B,W',W]``.
 
     Returns:
-        ``[B,C,H',W']`` in [0, 1], contiguous.
+        ``[V*B,C,H',W']`` in [0, 1], contiguous.
     """
     batch, height, channels, width = rows.shape
-    out_height, out_width = vertical.shape[1], horizontal.shape[1]
-    wide = torch.bmm(rows.reshape(batch, height * channels, width), horizontal.mT).clamp_(0, 1)
-    both = torch.bmm(vertical, wide.reshape(batch, height, channels * out_width))
-    planes = both.reshape(batch, out_height, channels, out_width).permute(0, 2, 1, 3)
+    results, out_height, out_width = len(vertical), vertical.shape[1], horizontal.shape[1]
+    views = results // batch
+    wide = rows.new_empty(results, height * channels, out_width)
+    lines = rows.reshape(batch, height * channels, width)
+    for view, matrix in zip(wide.tensor_split(views), horizontal.tensor_split(views), strict=True):
+        torch.bmm(lines, matrix.mT, out=view)
+    both = torch.bmm(vertical, wide.clamp_(0, 1).view(results, height, channels * out_width))
+    planes = both.reshape(results, out_height, channels, out_width).permute(0, 2, 1, 3)
     return torch.clamp(planes, 0, 1, out=rows.new_empty(planes.shape))

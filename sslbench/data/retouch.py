@@ -179,7 +179,7 @@ def _clip(planes: Planes, factor: float) -> None:
 
 
 def _hue(planes: Planes, shift: float) -> None:
-    """As ``adjust_hue``, multiplied by the chroma C, which spares the division, and without a floor.
+    """As ``shift_hue_``, multiplied by the chroma C, which spares the division, and without a floor.
 
     Let h be the signed distance from red on the colour circle in sixths. A channel falls from its maximum at a
     distance of 1 from its own hue to its minimum at 2. With an offset o to that hue, the shift included, chosen
