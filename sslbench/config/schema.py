@@ -143,6 +143,10 @@ class DataOptions(Options):
     """Quality of these JPEGs."""
     workers: int | None = cosmetic(None, ge=0)
     """Decoding processes when images are not resident; unset: one per core, 8 at most."""
+    colors: Literal["exact", "fused"] = "exact"
+    """`exact`: jitter as torchvision has it; `fused`: jitter and greyscale of an image are one affine map, faster
+    by a third on a CPU, with a linear turn of the hue and one clamp at the end. SimCLR's jitter then differs from
+    torchvision's by 4.8 of 255 levels on CIFAR images and 7.8 on photographs, on average (`exact`: 1.2)."""
     max_unreadable: int = Field(0, ge=0)
     """How many unreadable images are skipped (and named in the log) before the run ends with an error."""
     val_fraction: float = Field(0.1, gt=0, lt=1)

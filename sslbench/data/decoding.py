@@ -102,7 +102,8 @@ class Decoder:
         self.samples = samples.sort().values
         self.seed = seed
         self.pinned = views.device.type == "cuda"
-        self.colored = [views.device.type == "cpu" and _is_retouched(spec) for spec in views.specs]
+        by_workers = views.device.type == "cpu" and views.colors == "exact"
+        self.colored = [by_workers and _is_retouched(spec) for spec in views.specs]
         # A copy on the CPU, so that no worker touches an accelerator.
         self.views = ViewExecutor(views.specs, size=1, mean=(0.0,) * 3, std=(1.0,) * 3, device=torch.device("cpu"))
 

@@ -124,14 +124,6 @@ def compose(orders: Tensor, factors: Tensor, jittered: Tensor, turns: bool, gray
     )
 
 
-def compose_grayscale(gray: Tensor) -> Program:
-    """The programs of N images of which some become grey, as bool ``[N]`` says, and nothing else happens."""
-    count = len(gray)
-    return compose(
-        torch.arange(4).expand(count, 4), torch.ones(count, 4), torch.zeros_like(gray), turns=False, gray=gray
-    )
-
-
 def _mixtures(coefficients: NDArray[np.float64]) -> Tensor:
     return torch.from_numpy(np.tensordot(coefficients, _BASIS, 1).astype(np.float32))
 

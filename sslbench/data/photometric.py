@@ -8,15 +8,16 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from itertools import permutations
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from sslbench.data import augment
 from sslbench.data.autoaugment import Decisions, autoaugment, decide
+from sslbench.data.fused import AffineColors, compose_affine, run_affine
 from sslbench.data.grouping import Arranged, to_device_of
-from sslbench.data.jitter import Program, compose, compose_grayscale, run
+from sslbench.data.jitter import Program, compose, run
 from sslbench.plugin.viewspec import Blur, Jitter, ViewSpec
 from sslbench.rng import Draws
 
@@ -26,8 +27,8 @@ _ORDERS = torch.tensor(list(permutations(range(4))))
 class Colors(NamedTuple):
     """What happens to the colours of N images, all by one specification. CPU tensors; None: to no image."""
 
-    program: Program | None = None
-    """Jitter and greyscale."""
+    program: Program | AffineColors | None = None
+    """Jitter and greyscale, exact or fused."""
     blur: Tensor | None = None
     """float32 ``[N,2]`` in [0, 1): whether, how much."""
     solarize: Tensor | None = None
@@ -42,19 +43,20 @@ class Colors(NamedTuple):
         return Colors._make(_part(part, rows) for part in self)
 
 
-def _part(part: Program | Decisions | Tensor | None, rows: slice | Tensor) -> Program | Decisions | Tensor | None:
+def _part(part: Any, rows: slice | Tensor) -> Any:
     if part is None or isinstance(part, Tensor):
         return None if part is None else part[rows]
     return type(part)._make(tensor[rows] for tensor in part)
 
 
-def draw_colors(spec: ViewSpec, draws: Draws, streams: Sequence[str]) -> Colors:
+def draw_colors(spec: ViewSpec, draws: Draws, streams: Sequence[str], fused: bool = False) -> Colors:
     """Draw the colours of V views of B images.
 
     Args:
         spec: that of all these views.
         draws: random numbers of the B samples.
         streams: prefix of the random streams of each view.
+        fused: whether jitter and greyscale are approximated by one affine map per image.
 
     Returns:
         For N = V*B images, those of the first view first.
@@ -66,7 +68,7 @@ def draw_colors(spec: ViewSpec, draws: Draws, streams: Sequence[str]) -> Colors:
     gray = uniform("gray") < spec.gray if spec.gray > 0 else None
     policy = uniform("autoaugment", 6) if spec.autoaugment > 0 else None
     return Colors(
-        _program(spec.jitter, None if spec.jitter is None else uniform("jitter", 6), gray),
+        _program(spec.jitter, None if spec.jitter is None else uniform("jitter", 6), gray, fused),
         None if spec.blur is None else uniform("blur", 2),
         None if spec.solarize == 0 else uniform("solarize") < spec.solarize,
         None if policy is None else policy[:, 0] < spec.autoaugment,
@@ -117,8 +119,10 @@ def _regular_colors(
 ) -> Tensor:
     # A Gaussian blur and an affine map commute; other operations need values in [0, 1].
     at_once = colors.solarize is None and (spec.blur is None or spec.blur.kind == "gaussian")
+    if isinstance(colors.program, AffineColors):
+        images = run_affine(images, colors.program, normalization if at_once else None)
     arranged = Arranged(images)
-    if colors.program is not None:
+    if isinstance(colors.program, Program):
         run(arranged, colors.program, normalization if at_once else None)
     if colors.blur is not None and spec.blur is not None:
         _blur(arranged, spec.blur, colors.blur)
@@ -149,17 +153,19 @@ def jitter_orders(uniform: Tensor) -> Tensor:
     return _ORDERS[(uniform * len(_ORDERS)).long()]
 
 
-def _program(jitter: Jitter | None, uniform: Tensor | None, gray: Tensor | None) -> Program | None:
+def _program(
+    jitter: Jitter | None, uniform: Tensor | None, gray: Tensor | None, fused: bool
+) -> Program | AffineColors | None:
     """The program of jitter (``uniform`` is ``[N,6]``: whether, order, four parameters) and greyscale."""
-    if jitter is None or uniform is None:
-        return None if gray is None else compose_grayscale(gray)
-    return compose(
-        jitter_orders(uniform[:, 1]),
-        jitter_factors(jitter, uniform[:, 2:]),
-        uniform[:, 0] < jitter.p,
-        jitter.hue > 0,
-        torch.zeros(len(uniform), dtype=torch.bool) if gray is None else gray,
-    )
+    write = compose_affine if fused else compose
+    if jitter is not None and uniform is not None:
+        gray = torch.zeros(len(uniform), dtype=torch.bool) if gray is None else gray
+        factors = jitter_factors(jitter, uniform[:, 2:])
+        return write(jitter_orders(uniform[:, 1]), factors, uniform[:, 0] < jitter.p, jitter.hue > 0, gray)
+    if gray is None:
+        return None
+    orders, factors = torch.arange(4).expand(len(gray), 4), torch.ones(len(gray), 4)
+    return write(orders, factors, torch.zeros_like(gray), False, gray)
 
 
 def blur_radius(blur: Blur, side: int) -> int:

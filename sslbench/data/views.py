@@ -9,6 +9,7 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Sequence
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -98,6 +99,8 @@ class ViewExecutor:
         std: per channel.
         device: where :meth:`crop` and :meth:`finish` run.
         channels_last: memory format of the finished images.
+        colors: ``fused`` approximates jitter and greyscale by one affine map per image
+            (:mod:`sslbench.data.fused`).
     """
 
     def __init__(
@@ -109,7 +112,9 @@ class ViewExecutor:
         std: Sequence[float],
         device: torch.device,
         channels_last: bool = False,
+        colors: Literal["exact", "fused"] = "exact",
     ) -> None:
+        self.colors = colors
         self.size = size
         self.device = device
         self.normalization = Normalization(
@@ -206,7 +211,7 @@ class ViewExecutor:
 
     def _finish_alike(self, images: Tensor, group: list[int], draws: Draws) -> Tensor:
         spec = self.specs[group[0]]
-        colors = draw_colors(spec, draws, _streams(group))
+        colors = draw_colors(spec, draws, _streams(group), self.colors == "fused")
         share = len(images) if self.device.type != "cpu" else max(1, _CACHED_VALUES // images[0].numel())
         parts = [slice(start, start + share) for start in range(0, len(images), share)]
         if len(parts) == 1:

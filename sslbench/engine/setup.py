@@ -219,6 +219,7 @@ def _make_loader(
         mean=info.mean,
         std=info.std,
         device=device,
+        colors=core.data.colors,
     )
     return TrainLoader(
         source,
