@@ -2,7 +2,8 @@
 
     python benchmarks/scaling.py [--axes batch views ...] [--device cuda] [--quick]
 
-Each point is a fresh process. Memory is the most it held: resident on a CPU, allocated by torch on a GPU.
+Each point is a fresh process. Memory is the most it held, its workers not counted: resident on a CPU, allocated by
+torch on a GPU.
 """
 
 from __future__ import annotations
