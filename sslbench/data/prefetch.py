@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Generator, Iterable, Iterator
 from contextlib import AbstractContextManager, closing
+from functools import lru_cache
 from typing import Protocol
 
 import torch
@@ -58,7 +59,13 @@ def prefetched(batches: Batches, device: torch.device) -> Batches:
     device still computes. In the stream of training that batch would come after the step; in its own, beside it.
     No thread takes part: the host waits for nothing here, and a CPU with few cores makes batches fastest inline.
     """
-    return made_beside(batches, CudaStreams(device)) if device.type == "cuda" else batches
+    return made_beside(batches, _streams(device)) if device.type == "cuda" else batches
+
+
+@lru_cache(maxsize=8)
+def _streams(device: torch.device) -> CudaStreams:
+    """One side stream for all loaders: the memory that torch keeps for a stream serves no other one."""
+    return CudaStreams(device)
 
 
 def made_beside(batches: Batches, streams: Streams) -> Batches:
