@@ -19,6 +19,7 @@ from sslbench.commands.options import (
 )
 from sslbench.errors import ConfigError, ExitCode
 from sslbench.plugin.catalog import KINDS, Kind
+from sslbench.terminal import prepare_environment
 
 
 def list_(
@@ -100,6 +101,7 @@ def sync(
     run: Annotated[str, typer.Argument(metavar="[RUN]")] = "last",
 ) -> None:
     """Send to MLflow what could not be sent while a run was going."""
+    prepare_environment()  # or MLflow prints addresses between the results
     from sslbench.engine.console import Console
     from sslbench.report.show import print_sync
     from sslbench.tracking import sync as replay
