@@ -10,7 +10,6 @@ that what else the machine does hits all of them. Files come from the page cache
 from __future__ import annotations
 
 import argparse
-import ctypes
 import os
 import platform
 import random
@@ -243,14 +242,6 @@ def _cpuinfo() -> list[str]:
     return path.read_text().splitlines() if path.exists() else []
 
 
-def keep_memory() -> None:
-    """As the program does at its start: the allocator keeps what is freed, for everyone here."""
-    libc = ctypes.CDLL(None)
-    if hasattr(libc, "mallopt"):
-        libc.mallopt(-1, (1 << 31) - 1)
-        libc.mallopt(-2, 64 << 20)
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     parser.add_argument("--out", type=Path, help="write the report here")
@@ -261,7 +252,6 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, default=6.0, help="of each turn")
     parser.add_argument("--warm-up", type=int, default=4, help="batches before each turn")
     options = parser.parse_args()
-    keep_memory()
     with tempfile.TemporaryDirectory() as folder:
         text = report(options, Path(folder))
     if options.out:

@@ -131,9 +131,11 @@ def test_decoded_and_resident_images_get_the_same_colours(size):
         assert difference.max() < 8
 
 
-def test_an_accelerator_colours_its_views_itself():
+def test_accelerators_and_fused_colours_leave_them_to_the_training_process():
     decoder = Decoder(PhotoSource(8), torch.arange(8), executor(FULL, device="meta"), seed=0)
     assert decoder.colored == [False]
+    fused = ViewExecutor([FULL], size=96, mean=MEAN, std=STD, device=CPU, colors="fused")
+    assert Decoder(PhotoSource(8), torch.arange(8), fused, seed=0).colored == [False]
     assert Decoder(PhotoSource(8), torch.arange(8), executor(FULL, ViewSpec(), FULL), 0).colored == [
         True,
         False,
