@@ -29,6 +29,8 @@ EpochBatches = Callable[[int], Iterator[tuple[Tensor, Tensor]]]
 CURVE_POINTS = 20
 GATHERED = 1 << 18
 """Values that are fetched from the table at once: 1 MB, which stays in a core's cache until it is used."""
+PREPARED = 1 << 26
+"""Values up to which a scaled copy of the table is held, 256 MB."""
 ADAM_BETAS = (0.9, 0.999)
 ADAM_EPSILON = 1e-8
 
@@ -128,8 +130,9 @@ class Heads:
         slope = logits.flatten(1).softmax(0).view_as(logits)
         wanted = labels.expand(1, *logits.shape[1:])
         slope.scatter_add_(0, wanted, self._minus_one.expand_as(wanted))
-        gradient = (slope.flatten(0, 1) @ inputs).view_as(self.weight)
-        self._descend(gradient.mul_(1 / len(labels)), factor)
+        nothing = slope.new_empty(1)
+        mean = torch.addmm(nothing, slope.flatten(0, 1), inputs, beta=0, alpha=1 / len(labels))
+        self._descend(mean.view_as(self.weight), factor)
 
     def _descend(self, gradient: Tensor, factor: float) -> None:
         if self.cfg.weight_decay:
@@ -140,7 +143,7 @@ class Heads:
     def _with_momentum(self, update: Tensor) -> Tensor:
         if self.cfg.optimizer == "lars":
             update = self._adapted(update)
-        self.velocity.mul_(self.cfg.momentum).add_(update)
+        torch.add(update, self.velocity, alpha=self.cfg.momentum, out=self.velocity)
         return update + self.cfg.momentum * self.velocity if self.cfg.nesterov else self.velocity
 
     def _normalized(self, update: Tensor, power: Tensor) -> Tensor:
@@ -160,10 +163,7 @@ class Heads:
             scale = self.cfg.trust * own / other
             return torch.where((own > 0) & (other > 0), scale, torch.ones_like(scale))[:, None]
 
-        parts = [
-            (self.weight[..., :-1], update[..., :-1]),
-            (self.weight[..., -1:], update[..., -1:]),
-        ]
+        parts = [(self.weight[..., side], update[..., side]) for side in (slice(0, -1), slice(-1, None))]
         return torch.cat([change * ratio(weight, change) for weight, change in parts], dim=2)
 
 
@@ -369,12 +369,15 @@ def epoch_order(job: Job, rows: int, epoch: int) -> Tensor:
 def resident_batches(job: Job, table: FeatureTable, scaling: FeatureScaling, batch: int) -> EpochBatches:
     """Shuffled batches of the cached features; the last one may be smaller."""
     block = batch * max(1, GATHERED // (batch * table.features.shape[1]))
+    scaled = with_ones(scaling(table.features)) if table.features.numel() <= PREPARED else None
 
     def epoch_batches(epoch: int) -> Iterator[tuple[Tensor, Tensor]]:
         order = epoch_order(job, len(table.labels), epoch).to(job.device)
         for rows in torch.split(order, block):
-            inputs = with_ones(scaling(table.features.index_select(0, rows)))
-            yield from zip(torch.split(inputs, batch), torch.split(table.labels[rows], batch), strict=True)
+            fetched = torch.index_select(table.features if scaled is None else scaled, 0, rows)
+            inputs = with_ones(scaling(fetched)) if scaled is None else fetched
+            labels = torch.index_select(table.labels, 0, rows)
+            yield from zip(torch.split(inputs, batch), torch.split(labels, batch), strict=True)
 
     return epoch_batches
 
