@@ -7,6 +7,8 @@ folder. Every loader makes the same kind of views with the same number of worker
 that what else the machine does hits all of them. Files come from the page cache: no disk is measured.
 """
 
+# ruff: noqa: E402 (the process is prepared before torch is imported)
+
 from __future__ import annotations
 
 import argparse
@@ -20,9 +22,9 @@ from collections.abc import Callable, Iterator
 from contextlib import closing
 from pathlib import Path
 
-os.environ.setdefault(
-    "OMP_WAIT_POLICY", "passive"
-)  # for all: idle threads of the parent take no core from workers
+from sslbench.engine.machine import prepare_process
+
+prepare_process()  # for all loaders alike
 
 import PIL
 import torch
