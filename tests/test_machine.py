@@ -52,6 +52,20 @@ def test_freed_memory_is_kept_for_the_next_tensors() -> None:
     assert kept >= 199
 
 
+def test_threads_still_get_large_blocks() -> None:
+    """Their heaps are of limited size: larger blocks need mappings after all."""
+    code = """
+from sslbench.engine.machine import prepare_process
+prepare_process()
+import threading, torch
+sums = []
+threads = [threading.Thread(target=lambda: sums.append(float(torch.ones(50 << 20).sum()))) for _ in range(2)]
+[t.start() for t in threads]; [t.join() for t in threads]
+assert sums == [50 << 20] * 2, sums
+"""
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
 @pytest.mark.parametrize("theirs", ["OMP_WAIT_POLICY", "GOMP_SPINCOUNT", "KMP_BLOCKTIME"])
 def test_a_users_own_wait_policy_stays(theirs: str, monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT", "KMP_BLOCKTIME"):

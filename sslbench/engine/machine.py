@@ -9,10 +9,8 @@ import ctypes
 import os
 from pathlib import Path
 
-_M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3
+_M_TRIM_THRESHOLD, _M_MMAP_MAX = -1, -4
 _NEVER_TRIM = 2**31 - 1
-_FROM_THE_HEAP = (1 << 30, 32 << 20)
-"""Sizes up to which tensors come from the heap; 32 MiB is the most that some versions accept."""
 _WAITING = ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT", "KMP_BLOCKTIME")
 
 
@@ -34,7 +32,7 @@ def keep_freed_memory() -> None:
     except (OSError, AttributeError, TypeError):
         return  # another C library; nothing but speed is lost
     mallopt(_M_TRIM_THRESHOLD, _NEVER_TRIM)
-    any(mallopt(_M_MMAP_THRESHOLD, size) for size in _FROM_THE_HEAP)
+    mallopt(_M_MMAP_MAX, 0)  # a mapping of its own for a large buffer is undone when that is freed
 
 
 def wait_passively() -> None:
