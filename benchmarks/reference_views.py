@@ -87,7 +87,8 @@ class ReferenceLoader(TrainLoader):
 
     def _view(self, images: Tensor, sizes: Tensor) -> View:
         executor = self.views
-        images = TF.normalize(images.to(self.device), executor.mean.tolist(), executor.std.tolist())
+        mean, std = (values.tolist() for values in executor.normalization)
+        images = TF.normalize(images.to(self.device), mean, std)
         unknown = torch.full((len(images), 4), torch.nan, device=self.device)
         flip = torch.zeros(len(images), dtype=torch.bool, device=self.device)
         images = images.contiguous(memory_format=executor.memory_format)
