@@ -186,8 +186,9 @@ def test_views_with_a_wrong_parameter_are_told_apart(name):
     assert found.distances(ours(SIMCLR.model_copy(update=change), QUICK))[feature] > found.apart[feature][-1]
 
 
-PILLOW = {"colour": 1.0, "covariance": 1.0, "hue": 1.0, "spectrum": 1.0, "histogram": 1.0}
-"""What Pillow's rounding may add, which 10,000 images begin to show: each of its blends loses 0.4 levels."""
+PILLOW = {"colour": 1.1, "covariance": 0.9, "hue": 0.5, "spectrum": 0.3, "histogram": 0.7}
+"""How far Pillow's rounding alone takes SimCLR's views, measured with equal draws on Pillow images and on float
+tensors (1,000 images: 1.02, 0.85, 0.44, 0.20, 0.64). Its blends cut off fractions, so its views are darker."""
 
 
 @pytest.mark.slow
