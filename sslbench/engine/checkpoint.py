@@ -20,6 +20,7 @@ import pickle
 import shlex
 import shutil
 import warnings
+import zipfile
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, cast
@@ -182,6 +183,7 @@ def load_tensors(file: Path, *, mapped: bool = False) -> dict[str, Any]:
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", UserWarning)  # about pickle protocols of foreign files
+            mapped = mapped and zipfile.is_zipfile(file)  # other formats are read, and refused, without mapping
             return cast("dict[str, Any]", torch.load(file, map_location="cpu", weights_only=True, mmap=mapped))
     except pickle.UnpicklingError as error:  # torch would advise to load it without this protection
         raise CheckpointError(
