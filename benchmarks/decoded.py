@@ -236,7 +236,8 @@ def machine() -> str:
         f"torch {torch.__version__}, torchvision {torchvision.__version__}, Pillow {PIL.__version__}, "
         f"Python {platform.python_version()}"
     )
-    return f"{named[0] if named else platform.processor()}, {len(os.sched_getaffinity(0))} cores; {versions}"
+    cpu = f"{named[0] if named else platform.processor()}, {len(os.sched_getaffinity(0))} cores"
+    return f"{time.strftime('%Y-%m-%d')}: {cpu}; {versions}"
 
 
 def _cpuinfo() -> list[str]:
