@@ -49,7 +49,7 @@ lint: $(VENV)/.installed-dev
 docs: $(VENV)/.installed
 	$(BIN)/python -m sslbench.report.reference docs/reference
 
-# Measures for some 35 minutes; wants a machine that nothing else uses. PEER: a Python that can import lightly.
+# Measures for about an hour; wants a machine that nothing else uses. PEER: a Python that can import lightly.
 PEER ?= $(BIN)/python
 bench: $(VENV)/.installed
 	$(BIN)/python benchmarks/peers.py --peer-python $(PEER)
@@ -57,6 +57,8 @@ bench: $(VENV)/.installed
 	$(BIN)/python benchmarks/phases.py
 	$(BIN)/python benchmarks/scaling.py
 	$(BIN)/python benchmarks/start.py
+	$(BIN)/python benchmarks/decoded.py --out benchmarks/results/decoded-jpeg.md
+	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/evaluation.py --threads 1
 
 bench-quick: $(VENV)/.installed
 	for name in peers phases scaling start; do $(BIN)/python benchmarks/$$name.py --quick || exit 1; done

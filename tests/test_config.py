@@ -162,6 +162,24 @@ def test_a_saved_configuration_composes_to_itself(tmp_path: Path) -> None:
     assert any("method.views.0.jitter.p" in row for row in differences_from_saved(without, file))
 
 
+def test_an_option_newer_than_a_run_had_its_default_then(tmp_path: Path) -> None:
+    import yaml
+
+    first = composed("train.epochs=3")
+    older = {**first.tree, "data": {key: value for key, value in first.tree["data"].items() if key != "colors"}}
+    file = tmp_path / "config.yaml"
+    file.write_text(yaml.safe_dump(older))
+    assert differences_from_saved(first, file) == []
+    changed = composed("train.epochs=3", "data.colors=fused")
+    assert differences_from_saved(changed, file) == ["data.colors: exact -> fused"]
+
+
+@pytest.mark.parametrize("blur", ["{sigma: [0, 1]}", "{sigma: [2, 1]}", "{factors: []}", "{factors: [0.5]}"])
+def test_a_blur_must_blur(blur: str) -> None:
+    with pytest.raises(ConfigProblems, match=r"sigma|factors"):
+        composed(f"method.views.0.blur={blur}")
+
+
 def test_eval_options_are_checked_before_training() -> None:
     assert "evals.knn.temprature" in problems("evals.knn.temprature=0.1")
 

@@ -21,7 +21,7 @@ from torch.nn import functional as F
 
 from sslbench.config.options import Options
 from sslbench.data.sources import ArraySource
-from sslbench.errors import CheckpointError, ConfigError, DataError, PluginError
+from sslbench.errors import CheckpointError, ConfigError, DataError, DivergedError, PluginError
 from sslbench.evaluation.job import run_protocol
 from sslbench.evaluation.ranking import Gallery
 from sslbench.plugin.api import Dataset, DatasetInfo, EvalOptions, EvalProtocol, Job
@@ -125,6 +125,32 @@ def test_queries_without_an_answer_are_not_counted() -> None:
     features = torch.eye(3)
     found = Gallery(features, torch.tensor([0, 1, 1])).retrieve(features[:2], torch.tensor([0, 7]), (1,))
     assert found.mean() == ([100.0], [100.0], 100.0)
+
+
+def test_a_collapsed_backbone_finds_nothing() -> None:
+    features, labels = torch.ones(40, 3), torch.arange(40) % 4
+    recall, precision, _ = Gallery(features, labels).retrieve(features, labels, (1, 5, 40)).mean()
+    assert recall == [0, 0, 100]
+    assert precision == [0, 0, 25]
+
+
+def test_features_that_are_no_numbers_are_not_ranked() -> None:
+    broken = torch.full((4, 3), torch.nan)
+    with pytest.raises(DivergedError, match="not finite"):
+        Gallery(broken, torch.arange(4)).retrieve(broken, torch.arange(4), (1,))
+
+
+def test_a_test_remembers_the_options_of_what_it_tests(tmp_path: Path) -> None:
+    def built_on(strength: float) -> dict[str, str]:
+        run(Logistic(LogisticConfig(strengths=(strength,))), tmp_path)
+        job = make_job(LogisticTest(EvalOptions()), tmp_path)
+        run_protocol(LogisticTest(EvalOptions()), job)
+        return dict(job.built_on)
+
+    first, same, other = built_on(1e-2), built_on(1e-2), built_on(1e-1)
+    assert first == same
+    assert first.keys() == other.keys() == {"logistic"}
+    assert first != other
 
 
 def test_retrieval_on_val_and_on_test(tmp_path: Path) -> None:

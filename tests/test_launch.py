@@ -151,7 +151,8 @@ def assert_equal_checkpoints(one: Path, two: Path) -> None:
     assert names == sorted(path.name for path in two.glob("checkpoints/step-*"))
     files = [torch.load(run / "checkpoints" / names[-1] / "backbone.pt", weights_only=True) for run in (one, two)]
     for key, value in files[0].items():
-        torch.testing.assert_close(files[1][key], value, rtol=1e-4, atol=1e-6, msg=key)
+        # Sums in another order; weights reach 0.1, and the rate of 0.1 carries differences of rounding along.
+        torch.testing.assert_close(files[1][key], value, rtol=1e-4, atol=2e-5)
 
 
 def assert_equal_curves(one: dict[int, dict[str, float]], two: dict[int, dict[str, float]]) -> None:

@@ -273,3 +273,12 @@ def test_tables_of_matrices_and_single_images_crop_alike(crop, monkeypatch):
         assert b.dtype == torch.uint8
         assert (255 * a - b).abs().mean() < 0.4
         assert (255 * a - b).abs().max() < 2.5
+
+
+@pytest.mark.parametrize("share", [0.0, 0.5, 1.0])
+def test_autoaugment_may_take_all_images_of_a_batch_or_none(share: float) -> None:
+    views = executor(FULL.model_copy(update={"autoaugment": share}))
+    for position in range(6):
+        _, (view,) = run(views, photo_tiles(32, 32)[:1], torch.tensor([position]))
+        assert view.images.shape == (1, 3, 32, 32)
+        assert bool(view.images.isfinite().all())

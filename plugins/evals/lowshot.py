@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
-from pydantic import Field
+from pydantic import Field, model_validator
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -50,6 +50,12 @@ class LowShotConfig(EvalOptions):
     max_steps: int = Field(1000, ge=1)
     """Steps of L-BFGS after which a classifier is taken as it is."""
 
+    @model_validator(mode="after")
+    def _asks_for_something(self) -> LowShotConfig:
+        if not self.shots and not self.percents:
+            raise ValueError("shots or percents must name at least one number of images")
+        return self
+
 
 @dataclass(frozen=True)
 class Amount:
@@ -85,7 +91,7 @@ def draw(labels: Tensor, classes: int, amount: Amount, generator: torch.Generato
         if wanted > len(members) or wanted == 0:
             raise DataError(
                 f"class {label} has {len(members)} training images, {wanted or 1} are wanted",
-                hint="evals.lowshot.shots=[1,2,4]",
+                hint="shots=[1,2,4] (with pretrain: evals.lowshot.shots=[1,2,4])",
             )
         chosen.append(members[:wanted])
     return torch.cat(chosen).to(labels.device)
@@ -122,7 +128,7 @@ class LowShot(EvalProtocol):
             weights = torch.stack(list(self._fits(job, train, scaling, amount)))
             top1 = torch.tensor([[_head(w, scaling).top1(val) for w in draws] for draws in weights])
             best = int(top1.mean(0).argmax())
-            heads[amount.name], by_amount[amount.name] = weights[:, best].cpu(), top1[:, best].tolist()
+            heads[amount.name], by_amount[amount.name] = weights[:, best].clone().cpu(), top1[:, best].tolist()
             chosen[amount.name] = self.cfg.strengths[best]
         job.save("heads.pt", {"heads": heads, "classes": list(job.classes), **_scaling_state(scaling)})
         job.write_report("lowshot.json", {"strengths": chosen, "val_top1": by_amount})

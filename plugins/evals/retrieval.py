@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pydantic import Field, PositiveInt
+
 from sslbench.evaluation.ranking import Gallery
 from sslbench.plugin.api import EvalOptions, EvalProtocol, FeatureTable, Job
 from sslbench.plugin.hooks import hookimpl
@@ -10,7 +12,7 @@ from sslbench.plugin.hooks import hookimpl
 class RetrievalConfig(EvalOptions):
     """Options of the retrieval protocols."""
 
-    ks: tuple[int, ...] = (1, 2, 4, 5, 8, 10, 20, 50, 100)
+    ks: tuple[PositiveInt, ...] = Field((1, 2, 4, 5, 8, 10, 20, 50, 100), min_length=1)
     """Numbers of nearest images for recall and precision in the report; none may exceed the gallery."""
 
 

@@ -127,7 +127,7 @@ def stratified_folds(sign: Tensor, folds: int) -> Tensor:
     if int(torch.bincount(kinds, minlength=2).min()) < folds:
         raise DataError(
             f"a class with fewer than {folds} images cannot be cross-validated in {folds} folds",
-            hint="give one cost: evals.svm.costs=[0.5]",
+            hint="give one cost: costs=[0.5] (with pretrain: evals.svm.costs=[0.5])",
         )
     fold = torch.empty(len(sign), dtype=torch.int64)
     for number, (_, rows) in enumerate(StratifiedKFold(folds).split(kinds, kinds)):

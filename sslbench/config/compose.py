@@ -264,5 +264,16 @@ def _without_other_plugins(layers: Sequence[Layer], names: Mapping[Kind, str]) -
 
 
 def differences_from_saved(composed: Composed, saved: Path) -> list[str]:
-    """Rows for every option that changes results and differs from a run's saved config.yaml."""
-    return differences(composed.essence_of(read_config_file(saved).values), composed.essence())
+    """Rows for every option that changes results and differs from a run's saved config.yaml.
+
+    An option that is newer than the run had its default then: new options begin with what was before them.
+    """
+    chosen: dict[Kind, Selection] = {
+        "method": composed.method,
+        "backbone": composed.backbone,
+        "dataset": composed.dataset,
+    }
+    values = _default_tree({k: s.name for k, s in chosen.items()}, {k: s.cls for k, s in chosen.items()})
+    layer = read_config_file(saved)
+    merge(values, layer.values, layer.origin, {})
+    return differences(composed.essence_of(values), composed.essence())

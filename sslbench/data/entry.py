@@ -115,7 +115,9 @@ class Entry(ABC, Generic[_Content]):
             if self.source.revision() != self.revision:
                 self.log("decoded images are not kept: files changed while they were read")
                 return None
-            if self.path.exists():  # but was not found
+            if (finished := self.find()) is not None:  # where locks do not work, another process may be faster
+                return finished
+            if self.path.exists():
                 self.log(f"{self.path} was damaged and is replaced")
                 shutil.rmtree(self.path, ignore_errors=True)
             partial.rename(self.path)

@@ -105,6 +105,8 @@ def _torchvision_decoder() -> Callable[[Tensor], Tensor | None] | None:
             image: Tensor = decode(content, _RGB, False)
         except RuntimeError:
             return None  # a format under a wrong name or a rare JPEG, which PIL may read
+        if image.dim() != 3:
+            return None  # an animation, of which PIL gives the first picture
         return (image.to(torch.int32) >> 8).to(torch.uint8) if image.dtype == torch.uint16 else image
 
     return decoded

@@ -117,6 +117,8 @@ def apply_colors(
 def _regular_colors(
     images: Tensor, spec: ViewSpec, colors: Colors, normalization: augment.Normalization | None
 ) -> Tensor:
+    if not len(images):
+        return images
     # A Gaussian blur and an affine map commute; other operations need values in [0, 1].
     at_once = colors.solarize is None and (spec.blur is None or spec.blur.kind == "gaussian")
     if isinstance(colors.program, AffineColors):

@@ -207,7 +207,7 @@ def evaluate_run(plan: EvalPlan, catalog: Catalog, console: Console) -> EvalOutc
         )
         tracker.summary(metrics)
         report = _result(plan, outcome, dataset, meta, tracker.run_id)
-        job.write_report(RESULT, report | {"unreadable": job.unreadable})
+        job.write_report(RESULT, report | {"unreadable": job.unreadable, "built_on": job.built_on})
     if comm.rank() == 0:
         headline(plan.run_dir, outcome.headline(), step=meta.step, log=console.info)
         _update_overview(plan, console)

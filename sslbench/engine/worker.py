@@ -11,6 +11,7 @@ import torch
 
 from sslbench import comm
 from sslbench.config.compose import Composed, differences_from_saved
+from sslbench.data.store import DecodedStore
 from sslbench.engine import checkpoint
 from sslbench.engine.checkpoint import CheckpointMeta
 from sslbench.engine.console import Console
@@ -69,6 +70,8 @@ def pretrain(
     with stopping_at_once("training had not begun", "give the same command again"):
         start = _read_start(init_from, catalog, console) if init_from else None
         parts = build_parts(composed, console.info, start)
+        if resume is not None:
+            _warn_of_other_arithmetic(parts, resume, console)
         tracker = _open_tracker(composed, parts, root, console, resume, start.sha256 if start else "")
     if comm.rank() == 0:
         console.info(_introduction(composed, parts, tracker))
@@ -197,6 +200,34 @@ def _check_same_config(composed: Composed, run_dir: Path) -> None:
         )
 
 
+def _arithmetic_tags(parts: Parts) -> dict[str, str]:
+    """What decides about the last bits and is chosen for the machine, not by options alone."""
+    if parts.loader is None:
+        return {"sslbench.precision": "fp32"}
+    layout = "channels-last" if parts.loader.views.memory_format == torch.channels_last else "contiguous"
+    return {
+        "sslbench.precision": "bf16" if parts.bf16 else "fp32",
+        "sslbench.layout": layout,
+        "sslbench.pixels": "workers" if isinstance(parts.loader.store, DecodedStore) else "memory",
+    }
+
+
+_CAUSES = {
+    "sslbench.precision": "train.precision",
+    "sslbench.layout": "train.channels_last",
+    "sslbench.pixels": "data.resident",
+}
+
+
+def _warn_of_other_arithmetic(parts: Parts, resume: Path, console: Console) -> None:
+    """A run that goes on elsewhere may round differently; whoever wants the same bits is told how to get them."""
+    before = RunRecord.load(resume).tags
+    for tag, now in _arithmetic_tags(parts).items():
+        if (then := before.get(tag, now)) != now:
+            name = tag.removeprefix("sslbench.")
+            console.warn(f"the run began with {name} {then} and goes on with {now}: see {_CAUSES[tag]}")
+
+
 def _introduction(composed: Composed, parts: Parts, tracker: Tracker) -> str:
     """What is about to run, for whoever reads the terminal or a log file."""
     what = f"{composed.method.name} with {composed.backbone.name} on {parts.dataset.key}"
@@ -236,7 +267,7 @@ def _open_tracker(
         "sslbench.config_hash": composed.hash(),
         "sslbench.group_hash": f"{derive_seed(*group):016x}",
         "sslbench.start": start,
-        "sslbench.precision": precision,
+        **_arithmetic_tags(parts),
         "sslbench.world": str(comm.world()),
         "sslbench.limited": str(core.train.limit is not None).lower(),
         "sslbench.uses_labels": str(composed.method.cls.uses_labels).lower(),

@@ -120,6 +120,8 @@ class EvaluationJob:
         self._log = log
         self._run_child = run_child
         self.unreadable: dict[str, int] = {}
+        self.built_on: dict[str, str] = {}
+        """Protocols whose files were loaded, and a digest of the options they had."""
         """By split, how many images could not be read and are left out of the results."""
         self._tables: dict[str, IndexedFeatures] = {}
         self._loaders: dict[str, TrainLoader] = {}
@@ -185,7 +187,8 @@ class EvaluationJob:
         """
         path = self.out_dir / name
         content = {key: value.cpu() if isinstance(value, Tensor) else value for key, value in tensors.items()}
-        maker = {"protocol": self._protocol.name, "version": self._protocol.version}
+        options = json_digest(self._protocol.cfg.model_dump(mode="json"))
+        maker = {"protocol": self._protocol.name, "version": self._protocol.version, "options": options}
         if comm.rank() == 0:
             save_atomically({**content, "stamp": {**maker, **self._stamp}}, path)
         comm.barrier()
@@ -208,6 +211,7 @@ class EvaluationJob:
         if different:
             reason = f"{what} ({path}) was made for another {' and another '.join(different)}"
             raise CheckpointError(reason, hint=hint)
+        self.built_on[protocol] = str(made_for.get("options", ""))
         return content
 
     def write_report(self, name: str, content: Any) -> Path:

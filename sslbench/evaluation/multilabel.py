@@ -6,6 +6,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from sslbench.errors import DivergedError
+
 POSITIVE_WEIGHT = 2.0
 """How much more an image of the class weighs than one without it (Goyal et al., ICCV 2019, and others)."""
 
@@ -21,6 +23,8 @@ def average_precision(scores: Tensor, positive: Tensor, *, monotone: bool = True
         scores: ``[N]``.
         positive: bool ``[N]``.
     """
+    if not bool(scores.isfinite().all()):
+        raise DivergedError("scores are not finite: the features or the classifier diverged")
     order = scores.argsort(descending=True)
     _, counts = torch.unique_consecutive(scores[order], return_counts=True)
     ends = counts.cumsum(0) - 1

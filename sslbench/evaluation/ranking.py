@@ -10,6 +10,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from sslbench.errors import DivergedError
+
 
 @dataclass(frozen=True)
 class Retrieved:
@@ -55,6 +57,8 @@ class Gallery:
             labels: int64 ``[N]``.
             ks: numbers of nearest images, none above M.
         """
+        if not bool(queries.isfinite().all() & self.features.isfinite().all()):
+            raise DivergedError("features are not finite: their ranks mean nothing")
         count = len(labels)
         hits = torch.zeros(count, len(ks), dtype=torch.bool, device=labels.device)
         precision = torch.zeros(count, len(ks), dtype=torch.float64, device=labels.device)
@@ -89,10 +93,10 @@ def _reaching(ascending: Tensor, thresholds: Tensor) -> Tensor:
 
 def _at(everything: Tensor, relevant: Tensor, ks: tuple[int, ...]) -> tuple[Tensor, Tensor]:
     """Of similarities in ascending order: bool and float64 ``[n,K]``."""
-    ends = everything.shape[1] - torch.tensor(ks, device=everything.device)
-    thresholds = everything[:, ends].contiguous()
-    found = _reaching(relevant, thresholds)
-    return found > 0, found.double() / _reaching(everything, thresholds)
+    limits = torch.tensor(ks, device=everything.device)
+    ranks = _reaching(everything, relevant)
+    within = (ranks[:, :, None] <= limits).sum(1)
+    return within > 0, within.double() / limits
 
 
 def _average_precision(everything: Tensor, relevant: Tensor) -> Tensor:

@@ -41,6 +41,14 @@ class Blur(Options):
     factors: tuple[float, ...] = (1.1, 1.2, 1.5)
     """`resize` only: shrink factors, one drawn uniformly per image."""
 
+    @model_validator(mode="after")
+    def _is_a_blur(self) -> Blur:
+        if not 0 < self.sigma[0] <= self.sigma[1]:
+            raise ValueError(f"sigma must be two ascending numbers above 0, got {list(self.sigma)}")
+        if not self.factors or min(self.factors) < 1:
+            raise ValueError(f"factors must be numbers of 1 or more, at least one, got {list(self.factors)}")
+        return self
+
 
 class ViewSpec(Options):
     """One kind of view: crop, flip, colour. Steps run in the order of the fields."""

@@ -47,7 +47,7 @@ class EvalResult:
             version=int(raw["version"]),
             dataset=str(raw["dataset"]),
             fingerprint=str(raw["dataset_fingerprint"]),
-            options=_digest(raw.get("config", {}).get("protocol", {})),
+            options=_identity(raw),
             metrics={key: float(value) for key, value in raw["metrics"].items()},
             directions=dict(raw.get("directions", {})),
             primary=str(raw["primary"]),
@@ -136,6 +136,13 @@ def _evals(run_dir: Path) -> list[EvalResult]:
         except (ValueError, KeyError, TypeError, AttributeError):
             continue  # an evaluation that died while writing, or another program's file
     return found
+
+
+def _identity(raw: Mapping[str, Any]) -> str:
+    """Digest of the protocol's options, and of those of the protocols whose classifiers it took."""
+    options = raw.get("config", {}).get("protocol", {})
+    built_on = raw.get("built_on")
+    return _digest({"options": options, "built_on": built_on} if built_on else options)
 
 
 def _digest(content: Any) -> str:

@@ -8,6 +8,7 @@ It ends with the process that started it, however that ends: its input is closed
 from __future__ import annotations
 
 import atexit
+import json
 import os
 import pickle
 import signal
@@ -24,6 +25,8 @@ from typing import Any, BinaryIO, cast
 from sslbench.tracking.store import RejectedError, Store, StoreError, reason, resolve_tracking_uri, sqlite_path
 
 _PREFIX = "MLFLOW_"
+# The parent's own path, as it is: a module that happens to lie in the working directory is none of ours.
+_PROGRAM = f"import json, sys; sys.path[:] = json.loads(sys.argv[1]); from {__name__} import main; main()"
 
 
 class StoreProcess:
@@ -31,7 +34,7 @@ class StoreProcess:
 
     def __init__(self) -> None:
         self._child = subprocess.Popen(
-            [sys.executable, "-c", f"from {__name__} import main; main()"],
+            [sys.executable, "-P", "-c", _PROGRAM, json.dumps(sys.path)],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             start_new_session=True,  # Ctrl-C is for the training process, which then sends what is left
@@ -78,7 +81,7 @@ class StoreProcess:
         return cast(BinaryIO, self._child.stdin)
 
     def _listen(self) -> None:
-        with suppress(EOFError, OSError, ValueError):
+        with suppress(Exception):  # whatever a broken reply raises, nobody may wait for ever
             while True:
                 number, value, error = pickle.load(cast(BinaryIO, self._child.stdout))
                 answer = self._calls.pop(number)
@@ -190,7 +193,7 @@ def main() -> None:
     service = _Service(replies)
     _warm_up()
     pool = ThreadPoolExecutor()
-    with suppress(EOFError, OSError):
+    with suppress(EOFError, OSError, pickle.UnpicklingError):
         while True:
             pool.submit(service.answer, *pickle.load(requests))
     os._exit(0)  # nobody waits for the calls that still go on

@@ -68,6 +68,7 @@ class Sender:
             push = Push(self._run_dir, self._store)
             push.everything()
         except (StoreError, RejectedError) as error:
+            self._store = None  # what answered may have ended; the next attempt connects anew
             self._report(error)
             return False
         # A full disk, a file that someone deleted: nothing may end this thread with a traceback.
