@@ -244,7 +244,8 @@ def _arithmetic(parts: Parts) -> str:
     layout = parts.loader is not None and parts.loader.views.memory_format == torch.channels_last
     words = [f"{parts.device} in {'bf16' if parts.bf16 else 'fp32'}", *(["channels-last"] if layout else [])]
     if parts.device.type == "cpu":
-        words.append(f"{torch.get_num_threads()} thread(s)")
+        threads = torch.get_num_threads()
+        words.append(f"{threads} thread{'s' if threads > 1 else ''}")
     return ", ".join(words)
 
 
