@@ -99,7 +99,7 @@ def evaluate(
     items = list(overrides or [])
     if "=" in run:  # the run was left out and the first option took its place
         items, run = [run, *items], "last"
-    _prepare_run()
+    _prepare_run(records=not dry_run)
     from sslbench.engine.console import Console
     from sslbench.engine.evaluate import evaluate_run, plan_evaluation
     from sslbench.engine.launch import joined_world
@@ -174,14 +174,15 @@ def import_(
     print_imported(import_weights(plan, session.catalog, session.runs, Console()), as_json)
 
 
-def _prepare_run() -> None:
+def _prepare_run(*, records: bool = True) -> None:
     """What comes before the first import of torch: settings, and what can go on at the same time."""
     from sslbench.engine.machine import prepare_process
     from sslbench.tracking import prepare_store
 
     prepare_environment()
     prepare_process()
-    prepare_store()
+    if records:
+        prepare_store()
 
 
 def _seed_options(seeds: str | None, resume: str | None) -> list[list[str]]:

@@ -25,7 +25,7 @@ def keep_freed_memory() -> None:
     """Have glibc keep the memory of freed tensors for the next ones.
 
     By default it returns every large buffer to the kernel, which then hands out zeroed pages again: some 10,000
-    page faults in each step of a small network, a fifth to a third of its time.
+    page faults in each step of a small network, an eighth to a third of its time.
     """
     try:
         mallopt = ctypes.CDLL(None).mallopt
