@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import threading
+import time
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 
@@ -92,6 +94,62 @@ def test_an_error_comes_through_and_leaves_the_side_stream() -> None:
     assert streams.events.count("closed") == 1
 
 
-def test_on_the_cpu_batches_are_made_inline() -> None:
+@pytest.fixture
+def two_cores() -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    yield
+    torch.set_num_threads(before)
+
+
+def _numbered(made: list[tuple[int, str, int]], count: int, broken: bool = False) -> Batches:
+    """Notes number, thread and torch's threads of each batch."""
+    try:
+        for number in range(count):
+            made.append((number, threading.current_thread().name, torch.get_num_threads()))
+            yield _batch(torch.tensor(number))
+        if broken:
+            raise OSError("disk")
+    finally:
+        made.append((-1, "closed", 0))
+
+
+def test_on_a_cpu_each_batch_is_made_in_a_thread_while_the_one_before_is_used(two_cores: None) -> None:
+    made: list[tuple[int, str, int]] = []
+    batches = prefetched(_numbered(made, 4), torch.device("cpu"), forks=False)
+    for number, batch in enumerate(batches):
+        assert batch.labels == number
+        deadline = time.monotonic() + 60
+        while len(made) < number + 2 and time.monotonic() < deadline:
+            time.sleep(0.001)
+        assert len(made) == number + 2, "the next one, and no more"
+    names = {name for _, name, _ in made[:-1]}
+    assert len(names) == 1
+    assert threading.current_thread().name not in names
+    assert {threads for _, _, threads in made[:-1]} == {1}
+    assert torch.get_num_threads() == 2
+    assert made[-1] == (-1, "closed", 0)
+
+
+def test_closing_ends_the_thread_and_the_batches(two_cores: None) -> None:
+    made: list[tuple[int, str, int]] = []
+    batches = prefetched(_numbered(made, 9), torch.device("cpu"), forks=False)
+    next(batches)
+    batches.close()
+    assert made[-1] == (-1, "closed", 0)
+    assert len(made) == 3
+    assert not [thread for thread in threading.enumerate() if thread.name.startswith("sslbench-batches")]
+
+
+def test_an_error_in_the_thread_comes_through_in_its_turn(two_cores: None) -> None:
+    batches = prefetched(_numbered([], 2, broken=True), torch.device("cpu"), forks=False)
+    assert [int(next(batches).labels) for _ in range(2)] == [0, 1]
+    with pytest.raises(OSError, match="disk"):
+        next(batches)
+
+
+@pytest.mark.parametrize(("threads", "forks"), [(1, False), (2, True)])
+def test_one_core_and_forking_sources_make_batches_inline(threads: int, forks: bool, two_cores: None) -> None:
+    torch.set_num_threads(threads)
     batches = _produce(SimulatedStreams(), [])
-    assert prefetched(batches, torch.device("cpu")) is batches
+    assert prefetched(batches, torch.device("cpu"), forks=forks) is batches

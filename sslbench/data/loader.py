@@ -84,8 +84,7 @@ class TrainLoader:
         self.seed = seed
         self.device = torch.device(device)
         self.wait_seconds = 0.0
-        """Time that training waited for batches: all of making them where they are made inline; on an accelerator
-        what the host does for them, not what the device does beside the step before."""
+        """Time that training waited for batches, not what is done for them beside the step before."""
         self._samples = torch.arange(len(source)) if indices is None else indices
         self.num_images = len(self._samples)
         """Training images over all ranks."""
@@ -131,7 +130,8 @@ class TrainLoader:
             DataError: more than ``data.max_unreadable`` images are unreadable.
         """
         chunks = (self._chunk(step) for step in range(start_step, stop_step))
-        with closing(prefetched(self._produce(chunks, self.views), self.device)) as batches:
+        forks = not isinstance(self.store, ResidentStore)
+        with closing(prefetched(self._produce(chunks, self.views), self.device, forks=forks)) as batches:
             while (batch := self._timed_next(batches)) is not None:
                 yield batch
 

@@ -1,8 +1,9 @@
-"""Batches made beside the step that an accelerator computes, not after it."""
+"""Batches made beside the step before them, not after it."""
 
 from __future__ import annotations
 
 from collections.abc import Generator, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager, closing
 from functools import lru_cache
 from typing import Protocol
@@ -52,14 +53,45 @@ class CudaStreams:
             tensor.record_stream(training)
 
 
-def prefetched(batches: Batches, device: torch.device) -> Batches:
-    """The same batches; on an accelerator their copies and augmentations run beside the step before.
+def prefetched(batches: Batches, device: torch.device, *, forks: bool) -> Batches:
+    """The same batches, made while training computes the step before.
 
-    The host only asks a device for operations and goes on, so it draws and copies for the next batch while the
-    device still computes. In the stream of training that batch would come after the step; in its own, beside it.
-    No thread takes part: the host waits for nothing here, and a CPU with few cores makes batches fastest inline.
+    An accelerator computes them in a stream of its own: the host only asks for operations and waits for nothing,
+    so no thread takes part. A CPU makes them in a thread of its own: half of that work is many small operations
+    that occupy one core while training could use the others. With one core they are made in turn.
+
+    Args:
+        forks: making them starts processes, which are busy beside training anyway; a thread had better not fork.
     """
-    return made_beside(batches, _streams(device)) if device.type == "cuda" else batches
+    if device.type == "cuda":
+        return made_beside(batches, _streams(device))
+    return batches if forks or torch.get_num_threads() == 1 else made_ahead(batches)
+
+
+def made_ahead(batches: Batches) -> Batches:
+    """Make each batch in a thread while the one before is used. Closing this closes ``batches``.
+
+    One batch is made per batch taken, not as many as fit into a queue: when a step has ended its thread rests, so
+    whatever comes between two steps has all cores, and may fork.
+    """
+    with closing(batches), ThreadPoolExecutor(1, "sslbench-batches") as thread:
+        _share_cores(thread)
+        coming = thread.submit(next, batches, None)
+        while (batch := coming.result()) is not None:
+            coming = thread.submit(next, batches, None)
+            yield batch
+
+
+def _share_cores(thread: ThreadPoolExecutor) -> None:
+    """A quarter of the cores for batches; training goes on with all of them, and takes what the thread leaves."""
+    threads = torch.get_num_threads()
+    thread.submit(_use_threads, max(1, threads // 4)).result()
+    torch.set_num_threads(threads)  # of this thread again, and of those yet to start
+
+
+def _use_threads(number: int) -> None:
+    torch.set_num_threads(number)
+    torch.get_num_threads()  # a thread that asks for the first time takes the last number that any thread has set
 
 
 @lru_cache(maxsize=8)

@@ -65,6 +65,7 @@ class StoreProcess:
                 pickle.dump((number, method, arguments, named), self._input)
                 self._input.flush()
             except OSError as error:
+                self._ended = True  # the thread that listens may see it later: nobody shall be given this process
                 raise StoreError(_ENDED) from error
         if self._ended:
             raise StoreError(_ENDED)
