@@ -139,6 +139,17 @@ def test_images_of_many_sizes_are_decoded_by_workers_in_order():
     assert torch.equal(inline[0].views[0].source_size, sizes)
 
 
+def test_batches_of_a_thread_are_those_made_inline(source):
+    views = _views(ViewSpec(count=2, size=16, jitter=Jitter(), gray=0.3), ViewSpec(size=12))
+    inline = list(_loader(source, views=views).batches(2, 9))
+    torch.set_num_threads(2)
+    try:
+        ahead = list(_loader(source, views=views).batches(2, 9))
+    finally:
+        torch.set_num_threads(1)
+    assert all(_same(a, b) for a, b in zip(inline, ahead, strict=True))
+
+
 def test_workers_leave_the_global_generator_alone(source):
     before = torch.get_rng_state()
     list(_loader(source, "off", workers=1).batches(0, 2))
