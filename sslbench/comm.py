@@ -9,11 +9,42 @@ gradient that becomes the gradient of that mean after averaging.
 
 from __future__ import annotations
 
-from typing import Any, cast
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, Literal, cast
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
+
+Collective = Literal["all_reduce", "all_gather", "broadcast"]
+
+
+@dataclass(frozen=True)
+class Rehearsal:
+    """A world that does not exist, for counting what would be exchanged in it."""
+
+    world: int
+    note: Callable[[Collective, Tensor], None]
+    """Is told each collective and what this rank puts in."""
+
+
+_rehearsal: Rehearsal | None = None
+
+
+@contextmanager
+def rehearsing(world: int, note: Callable[[Collective, Tensor], None]) -> Iterator[None]:
+    """Act as the first rank of a world of so many, all of which hold what this one holds.
+
+    Shapes are those of the real world, values are not.
+    """
+    global _rehearsal
+    before, _rehearsal = _rehearsal, Rehearsal(world, note)
+    try:
+        yield
+    finally:
+        _rehearsal = before
 
 
 def is_active() -> bool:
@@ -23,11 +54,15 @@ def is_active() -> bool:
 
 def rank() -> int:
     """This process's number in the world."""
+    if _rehearsal is not None:
+        return 0
     return dist.get_rank() if is_active() else 0
 
 
 def world() -> int:
     """How many processes train together."""
+    if _rehearsal is not None:
+        return _rehearsal.world
     return dist.get_world_size() if is_active() else 1
 
 
@@ -44,6 +79,28 @@ def leave() -> None:
     dist.destroy_process_group()
 
 
+def _all_reduce(value: Tensor, operation: Any = dist.ReduceOp.SUM) -> None:
+    if _rehearsal is not None:
+        _rehearsal.note("all_reduce", value)
+    else:
+        dist.all_reduce(value, operation)
+
+
+def _all_gather(parts: list[Tensor], value: Tensor) -> None:
+    if _rehearsal is not None:
+        _rehearsal.note("all_gather", value)
+        torch._foreach_copy_(parts, [value] * len(parts))
+    else:
+        dist.all_gather(parts, value)
+
+
+def _broadcast(value: Tensor, source: int) -> None:
+    if _rehearsal is not None:
+        _rehearsal.note("broadcast", value)
+    else:
+        dist.broadcast(value, source)
+
+
 class _Gather(torch.autograd.Function):
     """Concatenate rows of all ranks; the backward sums the gradients all ranks have for our rows."""
 
@@ -53,18 +110,18 @@ class _Gather(torch.autograd.Function):
         ctx.sizes = sizes
         parts = [rows.new_empty((n, *rows.shape[1:])) for n in sizes]
         if len(set(sizes)) == 1:
-            dist.all_gather(parts, rows.contiguous())
+            _all_gather(parts, rows.contiguous())
         else:
             for source, part in enumerate(parts):
                 if source == rank():
                     part.copy_(rows)
-                dist.broadcast(part, source)
+                _broadcast(part, source)
         return torch.cat(parts)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> Tensor:
         total = grads[0].contiguous().clone()
-        dist.all_reduce(total)
+        _all_reduce(total)
         start = sum(ctx.sizes[: rank()])
         return total[start : start + ctx.sizes[rank()]]
 
@@ -75,13 +132,13 @@ class _AllSum(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, value: Tensor) -> Tensor:
         total = value.clone()
-        dist.all_reduce(total)
+        _all_reduce(total)
         return total
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> Tensor:
         total = grads[0].contiguous().clone()
-        dist.all_reduce(total)
+        _all_reduce(total)
         return total
 
 
@@ -89,7 +146,7 @@ def _row_counts(rows: Tensor) -> list[int]:
     # On the host, because a count on the device would be read by waiting for all its work.
     count = torch.tensor([rows.shape[0]])
     counts = [torch.zeros_like(count) for _ in range(world())]
-    dist.all_gather(counts, count)
+    _all_gather(counts, count)
     return [int(c) for c in counts]
 
 
@@ -116,7 +173,7 @@ def all_max(value: Tensor) -> Tensor:
     """Elementwise maximum over ranks, without gradient."""
     largest = value.detach().clone()
     if world() > 1:
-        dist.all_reduce(largest, dist.ReduceOp.MAX)
+        _all_reduce(largest, dist.ReduceOp.MAX)
     return largest
 
 
@@ -139,13 +196,13 @@ def global_mean(values: Tensor, weights: Tensor | None = None) -> Tensor:
 def broadcast(value: Tensor, source: int = 0) -> Tensor:
     """Overwrite ``value`` with the source rank's copy and return it."""
     if world() > 1:
-        dist.broadcast(value, source)
+        _broadcast(value, source)
     return value
 
 
 def broadcast_object(value: Any, source: int = 0) -> Any:
     """Return the source rank's Python object on every rank."""
-    if world() == 1:
+    if world() == 1 or _rehearsal is not None:
         return value
     box = [value]
     dist.broadcast_object_list(box, source)
@@ -154,5 +211,5 @@ def broadcast_object(value: Any, source: int = 0) -> Any:
 
 def barrier() -> None:
     """Wait for all ranks."""
-    if world() > 1:
+    if world() > 1 and _rehearsal is None:
         dist.barrier()
