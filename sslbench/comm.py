@@ -76,22 +76,23 @@ def join(device: torch.device) -> None:
 
 def leave() -> None:
     """Leave the world; each process is then one of its own."""
+    _groups.clear()
     dist.destroy_process_group()
 
 
-def _all_reduce(value: Tensor, operation: Any = dist.ReduceOp.SUM) -> None:
+def _all_reduce(value: Tensor, operation: Any = dist.ReduceOp.SUM, group: dist.ProcessGroup | None = None) -> None:
     if _rehearsal is not None:
         _rehearsal.note("all_reduce", value)
     else:
-        dist.all_reduce(value, operation)
+        dist.all_reduce(value, operation, group)
 
 
-def _all_gather(parts: list[Tensor], value: Tensor) -> None:
+def _all_gather(parts: list[Tensor], value: Tensor, group: dist.ProcessGroup | None = None) -> None:
     if _rehearsal is not None:
         _rehearsal.note("all_gather", value)
         torch._foreach_copy_(parts, [value] * len(parts))
     else:
-        dist.all_gather(parts, value)
+        dist.all_gather(parts, value, group)
 
 
 def _broadcast(value: Tensor, source: int) -> None:
@@ -99,6 +100,39 @@ def _broadcast(value: Tensor, source: int) -> None:
         _rehearsal.note("broadcast", value)
     else:
         dist.broadcast(value, source)
+
+
+_groups: dict[int, dist.ProcessGroup] = {}
+
+
+def neighbours(ranks: int) -> dist.ProcessGroup | None:
+    """The group of this rank among groups of so many consecutive ranks; None: the whole world.
+
+    The first call for a size makes the groups, so all ranks must make it at the same point.
+
+    Args:
+        ranks: divides the number of ranks.
+    """
+    if ranks == world() or _rehearsal is not None:
+        return None
+    if ranks not in _groups:
+        # Every rank makes every group in the same order, also those it is not in.
+        made = [dist.new_group(list(range(start, start + ranks))) for start in range(0, world(), ranks)]
+        _groups[ranks] = cast(dist.ProcessGroup, made[rank() // ranks])
+    return _groups[ranks]
+
+
+def stack(value: Tensor, ranks: int) -> Tensor:
+    """``[ranks, ...]``: a tensor of one shape from each of this rank's :func:`neighbours`, without gradient."""
+    parts = [torch.empty_like(value) for _ in range(ranks)]
+    _all_gather(parts, value, neighbours(ranks))
+    return torch.stack(parts)
+
+
+def add_up(value: Tensor, ranks: int) -> Tensor:
+    """Overwrite ``value`` with its sum over this rank's :func:`neighbours`, without gradient, and return it."""
+    _all_reduce(value, group=neighbours(ranks))
+    return value
 
 
 class _Gather(torch.autograd.Function):

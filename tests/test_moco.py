@@ -403,7 +403,7 @@ def test_a_query_and_a_key_are_needed(views) -> None:
 
 def test_statistics_over_all_gpus_exclude_groups() -> None:
     network = nn.SyncBatchNorm.convert_sync_batchnorm(moco_method())
-    with pytest.raises(ConfigError, match=r"train\.sync_bn=true .* method\.bn_groups=2"):
+    with pytest.raises(ConfigError, match=r"train\.sync_bn .* method\.bn_groups=2"):
         check_statistics(network, 2)
     check_statistics(network, 1)
     check_statistics(moco_method(), 1)

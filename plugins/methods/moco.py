@@ -28,7 +28,7 @@ from sslbench.nn.heads import mlp
 from sslbench.nn.losses import no_autocast
 from sslbench.nn.queue import FeatureQueue, default_length
 from sslbench.nn.shuffle import encode_shuffled
-from sslbench.nn.split_norm import check_statistics, local_groups, split_batch_norm
+from sslbench.nn.split_norm import check_statistics, local_groups, share_running_statistics, split_batch_norm
 from sslbench.plugin import api
 from sslbench.plugin.api import Batch, Blur, Build, Jitter, Method, MethodConfig, View, ViewSpec
 from sslbench.plugin.hooks import hookimpl
@@ -53,7 +53,7 @@ class MoCoConfig(MethodConfig):
     4096. In a longer one, more images would meet their own old keys as negatives."""
     bn_groups: int = Field(4, ge=1)
     """Groups of the global batch that are normalised separately, as on so many GPUs; a multiple of the number of
-    processes. 1: the whole batch is normalised together, which on several GPUs needs train.sync_bn."""
+    processes. 1: the whole batch is normalised together, which on several of them needs train.sync_bn."""
     shuffle_bn: bool = True
     """Shuffle the keys over the groups, so that statistics do not give away which key belongs to which query."""
     knn_weight: float = Field(0.0, ge=0)
@@ -181,6 +181,8 @@ class MoCo(Method):
         self.queue.push(**self._newest)
         self.key_backbone.update(self.backbone, self.cfg.momentum)
         self.key_projector.update(self.projector, self.cfg.momentum)
+        if self.cfg.bn_groups > 1:
+            share_running_statistics(self)
 
 
 def _normalised(projected: Tensor, pooled: Tensor) -> _Encoded:

@@ -63,10 +63,18 @@ class TrainOptions(Options):
     """Clip the global gradient norm to this value."""
     deterministic: bool = True
     """Ask torch for deterministic kernels."""
-    sync_bn: bool = True
-    """On several GPUs: normalise over the rows of all of them; off: each over its own."""
+    sync_bn: bool | int = True
+    """With several processes, batch normalisation sees the rows of all of them, as in one process; a number: of
+    groups of so many neighbouring processes; false: each sees its own, and results depend on their number."""
     log_every: int = cosmetic(10, ge=1)
     """Steps between two lines of metrics."""
+
+    @field_validator("sync_bn")
+    @classmethod
+    def _shared_by_several(cls, value: bool | int) -> bool | int:
+        if not isinstance(value, bool) and value < 2:
+            raise ValueError(f"must be true, false or a number of processes from 2 on, got {value}")
+        return value
 
 
 class OptimOptions(Options):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import nn
@@ -22,6 +22,7 @@ from sslbench.engine.checkpoint import details
 from sslbench.engine.layout import faster_layout, has_fast_bf16
 from sslbench.engine.loop import Plan
 from sslbench.errors import CheckpointError, ConfigError, DataError, LaunchError, PluginError
+from sslbench.nn.sync_norm import share_statistics
 from sslbench.plugin.api import Backbone, Build, Dataset, Method, Source, ViewSpec
 from sslbench.rng import derive_seed
 
@@ -139,22 +140,17 @@ def build_parts(composed: Composed, log: Callable[[str], None], start: Start | N
     method = method.to(device=device, memory_format=layout)  # type: ignore[call-overload]
     loader.views.memory_format = layout
     if comm.world() > 1:
-        method = _share_statistics(method, core.train.sync_bn, device, log)
+        method = _share_statistics(method, core.train.sync_bn, device)
     if core.train.compile:
         compile_backbones(method)
     plan = Plan(core, loader.steps_per_epoch)
     return Parts(device, choose_bf16(core.train, device), dataset, method, side, loader, plan)
 
 
-def _share_statistics(method: Method, wanted: bool, device: torch.device, log: Callable[[str], None]) -> Method:
-    """Batch normalisation over the rows of all ranks, as one process would have it; torch has it on CUDA only."""
-    if not wanted:
-        return method
-    if device.type == "cuda":
-        return nn.SyncBatchNorm.convert_sync_batchnorm(method)  # type: ignore[no-any-return,no-untyped-call]
-    if any(isinstance(module, nn.modules.batchnorm._BatchNorm) for module in method.modules()):
-        log(f"batch normalisation sees the rows of one process only: results depend on {comm.world()} processes")
-    return method
+def _share_statistics(method: Method, sync_bn: bool | int, device: torch.device) -> Method:
+    """Batch normalisation over the rows of all ranks, as one process would have it, or of groups of ranks."""
+    ranks = comm.world() if sync_bn is True else int(sync_bn)
+    return cast(Method, share_statistics(method, ranks, device)) if ranks > 1 else method
 
 
 def _make_backbone(selection: Selection, side: int, start: Start | None) -> Backbone:

@@ -11,6 +11,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from sslbench import comm
 from sslbench.errors import ConfigError
+from sslbench.nn.sync_norm import is_shared
 
 
 def split_batch_norm(network: nn.Module, groups: int) -> None:
@@ -62,11 +63,26 @@ class SplitBatchNorm(_BatchNorm):
         """One class serves rows, images and volumes."""
 
 
+def share_running_statistics(network: nn.Module) -> None:
+    """Give all ranks the running statistics of the first group, which are rank 0's.
+
+    Call it after each step: each rank has those of its own first group then, and whatever looks at the network
+    between two steps would see another one on each rank.
+    """
+    if comm.world() == 1:
+        return
+    norms = (module for module in network.modules() if isinstance(module, _BatchNorm))
+    running = [value for norm in norms for value in (norm.running_mean, norm.running_var) if value is not None]
+    if running:
+        shared = comm.broadcast(torch.cat(running))
+        torch._foreach_copy_(running, torch.split(shared, [len(value) for value in running]))
+
+
 def local_groups(groups: int, global_batch: int, option: str = "method.bn_groups") -> int:
     """How many of the groups of the global batch this process normalises.
 
     Args:
-        groups: 1 stands for one statistic of the whole batch; over several GPUs torch must compute it.
+        groups: 1 stands for one statistic of the whole batch, which over several processes the core computes.
         global_batch: images that the groups share.
         option: the option that sets ``groups``, for the error message.
 
@@ -84,25 +100,24 @@ def local_groups(groups: int, global_batch: int, option: str = "method.bn_groups
 
 
 def check_statistics(network: nn.Module, groups: int, option: str = "method.bn_groups") -> None:
-    """Groups of their own and statistics over all GPUs exclude each other; one group over several GPUs needs them.
+    """Groups of their own and statistics over all processes exclude each other; one group over several processes
+    needs them.
 
     Raises:
-        ConfigError: the core normalises over all GPUs and ``groups`` is not 1, or the other way round.
+        ConfigError: the core normalises over all processes and ``groups`` is not 1, or the other way round.
     """
-    synchronised = any(isinstance(module, nn.SyncBatchNorm) for module in network.modules())
-    if groups == 1 and comm.world() > 1 and not synchronised and _normalises_on_gpu(network):
+    synchronised = is_shared(network)
+    if groups == 1 and comm.world() > 1 and not synchronised and _normalises(network):
         raise ConfigError(
-            f"{option}=1 normalises all images together, which several GPUs do with train.sync_bn=true only",
+            f"{option}=1 normalises all images together, which several processes do with train.sync_bn=true only",
             hint=f"set train.sync_bn=true, or {option}={comm.world()}",
         )
     if groups > 1 and synchronised:
         raise ConfigError(
-            f"train.sync_bn=true normalises all images together, but {option}={groups}",
+            f"train.sync_bn normalises images of several processes together, but {option}={groups}",
             hint=f"set train.sync_bn=false, or {option}=1",
         )
 
 
-def _normalises_on_gpu(network: nn.Module) -> bool:
-    """On CPUs torch cannot synchronise, and a warning says so."""
-    norms = (module for module in network.modules() if isinstance(module, _BatchNorm))
-    return any(norm.running_mean is not None and norm.running_mean.is_cuda for norm in norms)
+def _normalises(network: nn.Module) -> bool:
+    return any(isinstance(module, _BatchNorm) for module in network.modules())
