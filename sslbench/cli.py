@@ -11,7 +11,7 @@ from typing import Annotated
 import typer
 
 from sslbench import __version__
-from sslbench.commands import looking, running
+from sslbench.commands import looking, running, submitting
 from sslbench.commands.options import Session
 from sslbench.commands.parsing import Command, Group
 from sslbench.errors import ExitCode, PreemptedError, described
@@ -54,8 +54,8 @@ def _global(
     context.obj = Session(Catalog.from_options(plugin or ()), Path(registry) if registry else None, Path(runs))
 
 
-for _name, _command in {**running.COMMANDS, **looking.COMMANDS}.items():
-    app.command(_name, cls=Command)(_command)
+for _name, _command in {**running.COMMANDS, **submitting.COMMANDS, **looking.COMMANDS}.items():
+    app.command(_name, cls=Command, context_settings=submitting.SETTINGS.get(_name))(_command)
 
 
 def run(arguments: list[str] | None = None) -> int:

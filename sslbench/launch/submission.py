@@ -1,0 +1,254 @@
+"""Handing jobs to Slurm, or to this machine, through submitit; and waiting for them."""
+
+from __future__ import annotations
+
+import re
+import shutil
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any, Literal
+
+from sslbench.errors import ConfigError, ExitCode, LaunchError
+from sslbench.launch.slurm_job import RunJob
+
+Cluster = Literal["slurm", "local"]
+
+_POLL_S = 1.0
+_MINUTES_PER_HOUR = 60
+
+
+@dataclass(frozen=True)
+class JobLine:
+    """What one job runs."""
+
+    name: str
+    """Of the run, or of what is evaluated."""
+    group: str
+    """What all jobs of one command line have in their names."""
+    start: tuple[str, ...]
+    """Words after ``sslbench``."""
+    resume: tuple[str, ...] | None = None
+    """The words once the run exists; None: always ``start``."""
+    run: Path | None = None
+    """The link of a new run."""
+    gpu: bool = True
+    """Whether it uses one where there is one."""
+
+
+@dataclass(frozen=True)
+class Resources:
+    """What each job asks for."""
+
+    nodes: int
+    devices: int
+    """Processes on each node."""
+    gpus: bool
+    """Whether each process wants a GPU."""
+    cpus: int
+    """For each process."""
+    mem: float | None
+    """GB on each node; None: what the cluster gives."""
+    hours: float
+    save_seconds: int
+    """How long before the end a run is told to save."""
+    requeues: int
+    partition: str | None = None
+    account: str | None = None
+    array_limit: int | None = None
+    sbatch: dict[str, str] = field(default_factory=dict)
+    """More parameters of ``sbatch``, without the dashes."""
+    setup: tuple[str, ...] = ()
+    """Lines of shell before the job."""
+
+    @property
+    def minutes(self) -> int:
+        """Slurm counts in whole ones."""
+        return max(1, round(self.hours * _MINUTES_PER_HOUR))
+
+    @property
+    def patience(self) -> float:
+        """Seconds for a run to save; what is left of ``save_seconds`` is for going back into the queue."""
+        return 0.8 * self.save_seconds
+
+
+@dataclass(frozen=True)
+class Submitted:
+    """A job in the queue."""
+
+    job: Any
+    """submitit's."""
+    line: JobLine
+
+    @property
+    def id(self) -> str:
+        return str(self.job.job_id)
+
+    @property
+    def log(self) -> Path:
+        """Of the first task."""
+        return Path(self.job.task(0).paths.stdout)
+
+
+@dataclass(frozen=True)
+class Ending:
+    """How a job ended."""
+
+    code: int
+    tail: str
+    """The end of its log, if it failed."""
+
+
+def require_submitit() -> None:
+    """Fail with what to type if submitit is not installed."""
+    if find_spec("submitit") is None:
+        raise LaunchError("sslbench submit needs the package submitit", hint="pip install 'sslbench[slurm]'")
+
+
+def choose_cluster(wanted: str, *, needed: bool) -> Cluster:
+    """``auto``: Slurm where its commands are, else this machine.
+
+    Args:
+        needed: whether its commands are to be used.
+    """
+    if wanted not in ("auto", "slurm", "local"):
+        raise ConfigError(f"--cluster {wanted}: no such cluster", hint="--cluster auto, slurm or local")
+    has_slurm = shutil.which("sbatch") is not None and shutil.which("srun") is not None
+    if wanted == "slurm" and not has_slurm and needed:
+        raise LaunchError(
+            "--cluster slurm: the commands sbatch and srun are not here",
+            hint="submit from a login node, or run the job on this machine: --cluster local",
+        )
+    return "slurm" if wanted == "slurm" or (wanted == "auto" and has_slurm) else "local"
+
+
+def parameters(cluster: Cluster, name: str, resources: Resources) -> dict[str, Any]:
+    """What submitit's executor is told; for Slurm these are parameters of ``sbatch``."""
+    return _slurm(name, resources) if cluster == "slurm" else _local(name, resources)
+
+
+def _slurm(name: str, resources: Resources) -> dict[str, Any]:
+    optional = {
+        "mem": None if resources.mem is None else f"{round(resources.mem * 1024)}M",
+        "gpus_per_node": resources.devices if resources.gpus else None,
+        "partition": resources.partition,
+        "account": resources.account,
+        "array_parallelism": resources.array_limit,
+        "setup": list(resources.setup) or None,
+        "additional_parameters": resources.sbatch or None,
+    }
+    return {
+        "job_name": name,
+        "time": resources.minutes,
+        "nodes": resources.nodes,
+        "ntasks_per_node": resources.devices,
+        "cpus_per_task": resources.cpus,
+        "signal_delay_s": resources.save_seconds,
+        "stderr_to_stdout": True,
+        # srun does not take over the number of cores since Slurm 22.05. And a run that has lost a process is over.
+        "srun_args": [f"--cpus-per-task={resources.cpus}", "--kill-on-bad-exit=1"],
+        **{key: value for key, value in optional.items() if value is not None},
+    }
+
+
+def _local(name: str, resources: Resources) -> dict[str, Any]:
+    if resources.nodes > 1:
+        raise ConfigError(f"--nodes {resources.nodes}: this machine is one node", hint="--nodes 1 --devices N")
+    minutes = resources.hours * _MINUTES_PER_HOUR
+    return {
+        "name": name,
+        "timeout_min": minutes,
+        "tasks_per_node": resources.devices,
+        "gpus_per_node": resources.devices if resources.gpus else 0,
+        "signal_delay_s": min(resources.save_seconds, round(minutes * 30)),
+        "stderr_to_stdout": True,
+        "setup": resources.setup,
+    }
+
+
+def submit(
+    cluster: Cluster, folder: Path, told: dict[str, Any], resources: Resources, lines: Sequence[JobLine]
+) -> list[Submitted]:
+    """Send jobs off, several as one array.
+
+    Args:
+        folder: for scripts, logs and results; all nodes must see it.
+        told: :func:`parameters`.
+        lines: what each job runs.
+
+    Raises:
+        LaunchError: the cluster refuses them.
+        ConfigError: the folder is that of another submission.
+    """
+    import submitit
+
+    jobs = [_job(line, folder, resources) for line in lines]
+    kind = submitit.SlurmExecutor if cluster == "slurm" else submitit.LocalExecutor
+    with _reserved(folder), _refusals(), submitit.helpers.clean_env():
+        executor = kind(folder, max_num_timeout=resources.requeues)
+        executor.update_parameters(**told)
+        sent = executor.submit_array(jobs)
+    return [Submitted(job, line) for job, line in zip(sent, lines, strict=True)]
+
+
+def _job(line: JobLine, folder: Path, resources: Resources) -> RunJob:
+    notes = folder / f"{line.name}.starts"
+    return RunJob(line.start, line.resume, line.run, Path.cwd(), notes, resources.patience)
+
+
+@contextmanager
+def _reserved(folder: Path) -> Iterator[None]:
+    """The folder stands for one submission; it is gone again if that fails."""
+    try:
+        folder.mkdir(parents=True)
+    except FileExistsError:
+        raise ConfigError(
+            f"{folder.name} has been submitted before: {folder}",
+            hint="run.name=ANOTHER; or delete that folder, if its jobs have ended",
+        ) from None
+    try:
+        yield
+    except BaseException:
+        shutil.rmtree(folder, ignore_errors=True)
+        raise
+
+
+@contextmanager
+def _refusals() -> Iterator[None]:
+    from submitit.core.utils import FailedJobError, FailedSubmissionError
+
+    try:
+        yield
+    except (FailedJobError, FailedSubmissionError, RuntimeError) as error:
+        raise LaunchError(
+            f"the cluster did not take the job: {str(error).strip()}",
+            hint="sslbench submit --dry-run shows what is asked for; sinfo shows what there is",
+        ) from error
+
+
+def wait(submitted: Sequence[Submitted]) -> Iterator[tuple[Submitted, Ending]]:
+    """Each job as it ends."""
+    left = list(submitted)
+    while left:
+        for one in [one for one in left if one.job.done()]:
+            left.remove(one)
+            yield one, _ending(one)
+        time.sleep(_POLL_S if left else 0)
+
+
+def _ending(one: Submitted) -> Ending:
+    error = one.job.exception()
+    if error is None:
+        return Ending(ExitCode.OK, "")
+    found = re.search(r"FailedRun: exit code (\d+)", str(error))
+    return Ending(int(found[1]) if found else ExitCode.LAUNCH, _tail(one.log, str(error)))
+
+
+def _tail(log: Path, otherwise: str, lines: int = 20) -> str:
+    try:
+        return "\n".join(log.read_text(errors="replace").splitlines()[-lines:])
+    except OSError:
+        return otherwise
