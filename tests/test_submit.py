@@ -44,7 +44,7 @@ def test_seeds_become_an_array_of_runs_with_names_fixed_now(command: Command) ->
     assert "--seeds" not in words(first)
     assert words(first)[-2:] == ["run.seed=3", "run.name=exp-s3"]
     assert words(second)[-2:] == ["run.seed=1", "run.name=exp-s1"]
-    assert ["--limit", "5"] == words(first)[words(first).index("--limit") :][:2]
+    assert words(first)[words(first).index("--limit") :][:2] == ["--limit", "5"]
     assert found["folder"] == str(Path("runs/.jobs/exp").absolute())
 
 

@@ -1,1 +1,1 @@
-"""Processes of a run: starting them, joining them, handing them to a cluster."""
+"""Runs of several processes: starting them, joining them, and starting them again after one of them has died."""
