@@ -51,7 +51,12 @@ def _global(
         typer.Option("--version", is_eager=True, callback=_show_version, help="Print the version and exit."),
     ] = False,
 ) -> None:
-    context.obj = Session(Catalog.from_options(plugin or ()), Path(registry) if registry else None, Path(runs))
+    context.obj = Session(
+        Catalog.from_options(plugin or ()),
+        Path(registry) if registry else None,
+        Path(runs),
+        tuple(context.obj or ()),
+    )
 
 
 for _name, _command in {**running.COMMANDS, **submitting.COMMANDS, **looking.COMMANDS}.items():
@@ -90,7 +95,7 @@ def run(arguments: list[str] | None = None) -> int:
 
 def _invoke(arguments: list[str]) -> None:
     try:
-        app(arguments)
+        app(arguments, obj=arguments)
     finally:
         if sys.stdout is not None:
             sys.stdout.flush()  # while an error can still be reported

@@ -9,9 +9,11 @@ gradient that becomes the gradient of that mean after averaging.
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from datetime import timedelta
 from typing import Any, Literal, cast
 
 import torch
@@ -66,12 +68,42 @@ def world() -> int:
     return dist.get_world_size() if is_active() else 1
 
 
-def join(device: torch.device) -> None:
-    """Enter the world that RANK, WORLD_SIZE, MASTER_ADDR and MASTER_PORT describe, to train on ``device``."""
+def join(device: torch.device, timeout: float = 600.0) -> None:
+    """Enter the world that RANK, WORLD_SIZE, MASTER_ADDR and MASTER_PORT describe, to train on ``device``.
+
+    Args:
+        timeout: seconds after which a process that does not answer counts as gone.
+    """
     if device.type == "cuda":
         torch.cuda.set_device(device)
     # Signals and other host values travel through gloo, so that asking for them never waits for the device.
-    dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo")
+    backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
+    dist.init_process_group(backend, timeout=timedelta(seconds=timeout))
+
+
+def is_lost_contact(error: BaseException | None) -> bool:
+    """Whether an error, or what caused it, is that other processes are gone or do not answer."""
+    while error is not None:
+        if isinstance(error, dist.DistError) or (isinstance(error, RuntimeError) and "gloo" in str(error)):
+            return True
+        error = error.__cause__
+    return False
+
+
+def silent_ranks(seconds: float) -> list[int]:
+    """After lost contact: the ranks that do not report within so many seconds to the store they met at."""
+    try:
+        store = dist.distributed_c10d._get_default_store()
+        store.set_timeout(timedelta(seconds=seconds))
+        store.set(f"sslbench/here/{rank()}", "")
+        silent = list(range(world()))
+        deadline = time.monotonic() + seconds
+        while silent and time.monotonic() < deadline:
+            silent = [other for other in silent if not store.check([f"sslbench/here/{other}"])]
+            time.sleep(0.1 if silent else 0.0)
+    except (RuntimeError, ValueError):
+        return [0]  # whose process has the store
+    return silent
 
 
 def leave() -> None:

@@ -15,8 +15,9 @@ from conftest import Cli
 
 from sslbench import comm
 from sslbench.config.schema import TrainOptions
-from sslbench.engine.launch import VARIABLES, joined_world
 from sslbench.errors import LaunchError
+from sslbench.launch.environment import VARIABLES
+from sslbench.launch.joining import joined_world
 
 PLUGIN = '''
 """Contrastive learning without batch normalisation, which would see the rows of one process only."""

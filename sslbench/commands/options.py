@@ -23,6 +23,8 @@ class Session:
     catalog: Catalog
     registry_path: Path | None
     runs: Path
+    arguments: tuple[str, ...] = ()
+    """The words behind ``sslbench``, for the processes that a launcher starts."""
 
     def registry(self) -> Registry:
         from sslbench.config.registry import find_registry, load_registry
@@ -60,6 +62,55 @@ Overrides = Annotated[
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 DryRun = Annotated[bool, typer.Option("--dry-run", help="Print what would be done and stop.")]
 Limit = Annotated[int | None, typer.Option(min=1, help="Stop after N steps; the run is left out of reports.")]
+_LAUNCH = "Several processes"
+Devices = Annotated[
+    str | None,
+    typer.Option(
+        metavar="N|auto",
+        rich_help_panel=_LAUNCH,
+        help="Start N processes on this machine, one per device; auto: one per CUDA device.",
+    ),
+]
+Nodes = Annotated[
+    str | None,
+    typer.Option(metavar="N|MIN:MAX", rich_help_panel=_LAUNCH, help="How many machines take part."),
+]
+NodeRank = Annotated[
+    int | None,
+    typer.Option(min=0, rich_help_panel=_LAUNCH, help="Number of this machine; default: as they come."),
+]
+Endpoint = Annotated[
+    str | None,
+    typer.Option(
+        metavar="HOST:PORT|auto",
+        rich_help_panel=_LAUNCH,
+        help="Where machines meet; auto: here, and print the line for the others.",
+    ),
+]
+LaunchId = Annotated[
+    str | None,
+    typer.Option(
+        rich_help_panel=_LAUNCH, help="What tells launches at one endpoint apart; it is printed by auto."
+    ),
+]
+MaxRestarts = Annotated[
+    int,
+    typer.Option(
+        min=0,
+        rich_help_panel=_LAUNCH,
+        help="How often all processes start again, from the last checkpoint, after one has died.",
+    ),
+]
+PeerTimeout = Annotated[
+    float,
+    typer.Option(
+        min=1.0,
+        metavar="SECONDS",
+        envvar="SSLBENCH_PEER_TIMEOUT",
+        rich_help_panel=_LAUNCH,
+        help="How long to wait for another process or machine before it counts as gone.",
+    ),
+]
 EvalName = Annotated[str, typer.Argument(metavar="PROTOCOL", autocompletion=complete("eval"))]
 
 

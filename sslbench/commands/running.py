@@ -2,7 +2,7 @@
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -11,11 +11,18 @@ from sslbench.commands.options import (
     BackboneName,
     ConfigFile,
     DatasetName,
+    Devices,
     DryRun,
+    Endpoint,
     EvalName,
+    LaunchId,
     Limit,
+    MaxRestarts,
     Method,
+    NodeRank,
+    Nodes,
     Overrides,
+    PeerTimeout,
     RecipeName,
     Session,
     complete,
@@ -24,7 +31,12 @@ from sslbench.commands.options import (
     run_directory,
 )
 from sslbench.errors import ConfigError
+from sslbench.launch.environment import settle_environment
+from sslbench.launch.request import LaunchRequest
 from sslbench.terminal import prepare_environment
+
+if TYPE_CHECKING:
+    from sslbench.config.schema import TrainOptions
 
 
 def pretrain(
@@ -44,6 +56,13 @@ def pretrain(
     ] = None,
     limit: Limit = None,
     no_evals: Annotated[bool, typer.Option("--no-evals", help="Skip the evaluations after training.")] = False,
+    devices: Devices = None,
+    nnodes: Nodes = None,
+    node_rank: NodeRank = None,
+    rdzv_endpoint: Endpoint = None,
+    launch_id: LaunchId = None,
+    max_restarts: MaxRestarts = 3,
+    peer_timeout: PeerTimeout = 600.0,
     dry_run: DryRun = False,
     as_json: AsJson = False,
 ) -> None:
@@ -54,7 +73,9 @@ def pretrain(
     extra += [f"train.limit={limit}"] if limit else []
     extra += ["run.evals=[]"] if no_evals else []
     items = [*extra, *(overrides or [])]
-    if not dry_run:
+    request = LaunchRequest(devices, nnodes, node_rank, rdzv_endpoint, launch_id, max_restarts, peer_timeout)
+    launching = not dry_run and request.starts_processes()
+    if not dry_run and not launching:
         _prepare_run()
     runs = [
         compose_pretrain(session, recipe, config, [*items, *seed], resume) for seed in _seed_options(seeds, resume)
@@ -65,18 +86,22 @@ def pretrain(
         for composed, _ in runs:
             print_plan(composed, as_json)
         return
+    if launching:
+        raise typer.Exit(_launch(request, session, runs[0][0].core.train))
     from sslbench.engine.console import Console
-    from sslbench.engine.launch import joined_world
     from sslbench.engine.worker import pretrain as run_pretraining
+    from sslbench.launch.identity import run_of_launch
+    from sslbench.launch.joining import joined_world
     from sslbench.report.show import print_outcome
 
     initial = run_directory(session, init_from) if init_from else None
     exit_code = 0
-    with joined_world(runs[0][0].core.train) as reports:
+    with joined_world(runs[0][0].core.train, peer_timeout) as reports:
         for composed, resumed in runs:
             console = Console(quiet=not reports)
+            begun = resumed or run_of_launch(session.runs, composed.hash())
             outcome = run_pretraining(
-                composed, session.catalog, session.runs, console, resume=resumed, init_from=initial
+                composed, session.catalog, session.runs, console, resume=begun, init_from=initial
             )
             if reports:
                 print_outcome(outcome, as_json)
@@ -91,6 +116,13 @@ def evaluate(
     run: Annotated[str, typer.Argument(metavar="[RUN]", help="Run name, id or directory.")] = "last",
     overrides: Overrides = None,
     dataset: DatasetName = None,
+    devices: Devices = None,
+    nnodes: Nodes = None,
+    node_rank: NodeRank = None,
+    rdzv_endpoint: Endpoint = None,
+    launch_id: LaunchId = None,
+    max_restarts: MaxRestarts = 3,
+    peer_timeout: PeerTimeout = 600.0,
     dry_run: DryRun = False,
     as_json: AsJson = False,
 ) -> None:
@@ -99,10 +131,12 @@ def evaluate(
     items = list(overrides or [])
     if "=" in run:  # the run was left out and the first option took its place
         items, run = [run, *items], "last"
-    _prepare_run(records=not dry_run)
+    request = LaunchRequest(devices, nnodes, node_rank, rdzv_endpoint, launch_id, max_restarts, peer_timeout)
+    launching = not dry_run and request.starts_processes()
+    if not launching:
+        _prepare_run(records=not dry_run)
     from sslbench.engine.console import Console
     from sslbench.engine.evaluate import evaluate_run, plan_evaluation
-    from sslbench.engine.launch import joined_world
     from sslbench.engine.stopping import stopping_at_once
     from sslbench.report.show import print_evaluation, print_tree
 
@@ -110,8 +144,12 @@ def evaluate(
     if dry_run:
         print_tree(plan.tree(), as_json)
         return
+    if launching:
+        raise typer.Exit(_launch(request, session, plan.train))
+    from sslbench.launch.joining import joined_world
+
     stopping = stopping_at_once("features computed so far are kept", "give the same command again")
-    with joined_world(plan.train) as reports, stopping:
+    with joined_world(plan.train, peer_timeout) as reports, stopping:
         outcome = evaluate_run(plan, session.catalog, Console(quiet=not reports))
         if reports:
             print_evaluation(outcome, as_json)
@@ -174,11 +212,20 @@ def import_(
     print_imported(import_weights(plan, session.catalog, session.runs, Console()), as_json)
 
 
+def _launch(request: LaunchRequest, session: Session, train: "TrainOptions") -> int:
+    """Have several processes do the command."""
+    prepare_environment()
+    from sslbench.launch.launcher import launch
+
+    return launch(request, session.arguments, train, session.runs)
+
+
 def _prepare_run(*, records: bool = True) -> None:
     """What comes before the first import of torch: settings, and what can go on at the same time."""
     from sslbench.engine.machine import prepare_process
     from sslbench.tracking import prepare_store
 
+    settle_environment()
     prepare_environment()
     prepare_process()
     if records:

@@ -17,11 +17,11 @@ from sslbench.config.tree import Tree, parse_overrides, plain
 from sslbench.config.validate import validate_section
 from sslbench.engine import checkpoint
 from sslbench.engine.console import Console
-from sslbench.engine.launch import open_tracker
 from sslbench.engine.setup import choose_device
 from sslbench.errors import ConfigError, described
 from sslbench.evaluation.job import EvaluationJob, evaluation_dir, run_protocol
 from sslbench.evaluation.rules import check_task, task_misfit
+from sslbench.launch.recording import open_tracker
 from sslbench.plugin.api import Dataset, EvalProtocol
 from sslbench.plugin.catalog import Catalog
 from sslbench.report.compare import compare

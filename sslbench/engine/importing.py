@@ -17,9 +17,9 @@ from sslbench.config.validate import ConfigProblems, Problem, check
 from sslbench.engine import checkpoint, foreign
 from sslbench.engine.checkpoint import BackboneMeta, CheckpointMeta
 from sslbench.engine.console import Console
-from sslbench.engine.launch import open_tracker
 from sslbench.engine.setup import DEFAULT_SIZE
 from sslbench.errors import did_you_mean
+from sslbench.launch.recording import open_tracker
 from sslbench.plugin.api import Backbone, Dataset
 from sslbench.plugin.catalog import Catalog
 from sslbench.rng import derive_seed

@@ -52,6 +52,11 @@ def respect_cpu_quota() -> None:
         os.environ["OMP_NUM_THREADS"] = str(quota)
 
 
+def share_of_cores(processes: int) -> int:
+    """Threads for each of so many processes of this machine."""
+    return max(1, min(_usable_cores(), cpu_quota() or _usable_cores()) // processes)
+
+
 def cpu_quota(root: Path = Path("/sys/fs/cgroup")) -> int | None:
     """Cores of the control group's quota (version 2), rounded up; None: no limit is set."""
     try:

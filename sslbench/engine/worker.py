@@ -16,7 +16,6 @@ from sslbench.engine import checkpoint
 from sslbench.engine.checkpoint import CheckpointMeta
 from sslbench.engine.console import Console
 from sslbench.engine.evaluate import EvalOutcome, evaluate_run, finished_result, plan_after_pretraining
-from sslbench.engine.launch import open_tracker
 from sslbench.engine.loop import Loop, Meter
 from sslbench.engine.observe import Extensions, RunObserver
 from sslbench.engine.optim import build_optimizer
@@ -24,6 +23,9 @@ from sslbench.engine.schedule import peak_lr
 from sslbench.engine.setup import Parts, Start, build_parts, prepare_torch
 from sslbench.engine.stopping import StopSignal, stopped_by, stopping_at_once
 from sslbench.errors import CheckpointError, ConfigError, DataError, DivergedError, PreemptedError, described
+from sslbench.launch.environment import launch_words
+from sslbench.launch.identity import TAG, launch_id
+from sslbench.launch.recording import open_tracker
 from sslbench.plugin.catalog import Catalog
 from sslbench.rng import derive_seed
 from sslbench.tracking import RunRecord, Tracker
@@ -69,6 +71,8 @@ def pretrain(
         _check_same_config(composed, resume)
     with stopping_at_once("training had not begun", "give the same command again"):
         start = _read_start(init_from, catalog, console) if init_from else None
+        if resume is not None:
+            _check_same_start(start, resume)
         parts = build_parts(composed, console.info, start)
         if resume is not None:
             _warn_of_other_arithmetic(parts, resume, console)
@@ -83,7 +87,8 @@ def pretrain(
     finally:
         extensions.tell("sslbench_run_finished", status=RunRecord.load(tracker.run_dir).status)
     outcome = Outcome(tracker.run_dir, tracker.run_id, tracker.name, steps, time.monotonic() - started)
-    rest = f"sslbench pretrain --resume {shlex.quote(tracker.name)}   runs the evaluations that are left"
+    again = f"sslbench pretrain --resume {shlex.quote(tracker.name)}{launch_words()}"
+    rest = f"{again}   runs the evaluations that are left"
     with stopping_at_once("the model and finished evaluations are kept", rest):
         _evaluate(composed, catalog, parts, outcome, console)
     return outcome
@@ -132,7 +137,7 @@ def _train(
     finally:
         console.end()
     if not complete:
-        hint = f"sslbench pretrain --resume {shlex.quote(tracker.name)}"
+        hint = f"sslbench pretrain --resume {shlex.quote(tracker.name)}{launch_words()}"
         raise stopped_by(stop.received, "the state is saved", hint)
     return parts.plan.stop_step
 
@@ -154,7 +159,11 @@ def _data_parallel(parts: Parts) -> torch.nn.Module:
     return torch.nn.parallel.DistributedDataParallel(parts.method, broadcast_buffers=False)
 
 
-def _restore(parts: Parts, optimizer: torch.optim.Optimizer, run_dir: Path, console: Console) -> Meter:
+def _restore(parts: Parts, optimizer: torch.optim.Optimizer, run_dir: Path, console: Console) -> Meter | None:
+    """Bring method and optimiser to where the run was; without a checkpoint yet, to its beginning."""
+    if not checkpoint.list_checkpoints(run_dir):
+        console.info("The run has no checkpoint yet: it begins again with its first step.")
+        return None
     path = checkpoint.latest(run_dir, console.warn)
     _check_same_images(parts, checkpoint.read_meta(path, verify=False), run_dir)
     state = checkpoint.load_tensors(path / checkpoint.STATE)
@@ -197,6 +206,17 @@ def _check_same_config(composed: Composed, run_dir: Path) -> None:
         raise ConfigError(
             f"--resume {RunRecord.load(run_dir).name}: these options differ from the run's own\n{listed}",
             hint="drop them to continue this run, or start a new one with --init-from",
+        )
+
+
+def _check_same_start(start: Start | None, run_dir: Path) -> None:
+    """Without a checkpoint, a run that began with the weights of another one needs them again."""
+    before = RunRecord.load(run_dir).tags.get("sslbench.start", "")
+    if not checkpoint.list_checkpoints(run_dir) and before != (start.sha256 if start else ""):
+        name = RunRecord.load(run_dir).name
+        raise ConfigError(
+            f"--resume {name}: it has no checkpoint yet and did not begin with these weights",
+            hint="give the same --init-from as when it began, or none if there was none",
         )
 
 
@@ -270,6 +290,7 @@ def _open_tracker(
         "sslbench.start": start,
         **_arithmetic_tags(parts),
         "sslbench.world": str(comm.world()),
+        **({TAG: identity} if (identity := launch_id()) else {}),
         "sslbench.limited": str(core.train.limit is not None).lower(),
         "sslbench.uses_labels": str(composed.method.cls.uses_labels).lower(),
     }
@@ -306,7 +327,9 @@ def _evaluate(composed: Composed, catalog: Catalog, parts: Parts, outcome: Outco
             outcome.evals.append(finished_result(plan, parts.dataset.key) or evaluate_run(plan, catalog, console))
         except PreemptedError:
             raise
-        except Exception as error:  # noqa: BLE001 - a protocol is foreign code; the model is finished and kept
+        except Exception as error:
+            if comm.is_lost_contact(error):
+                raise  # the next one would need the same processes
             outcome.failed.append(name)
             outcome.exit_code = _report_failure(name, error, outcome, console)
 

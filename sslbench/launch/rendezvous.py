@@ -1,0 +1,127 @@
+"""Where the launchers of all machines meet, through ``torch.distributed``'s rendezvous.
+
+The handler there gives ranks by sorting addresses; ours lets the first machine, or the user, decide, and hands out
+a fresh port for every start of the workers: a store that is kept would still hold what the last ones have written.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+from datetime import timedelta
+from typing import Any, NamedTuple
+
+from torch._C._distributed_c10d import HashStore, Store, TCPStore
+from torch.distributed.elastic.rendezvous import (
+    RendezvousHandler,
+    RendezvousInfo,
+    RendezvousParameters,
+    RendezvousStoreInfo,
+)
+from torch.distributed.elastic.rendezvous.c10d_rendezvous_backend import C10dRendezvousBackend
+from torch.distributed.elastic.rendezvous.dynamic_rendezvous import create_handler
+
+from sslbench.errors import LaunchError
+from sslbench.launch.request import LaunchRequest, Meeting, free_port, is_own_address, own_address
+
+#: Workers then meet at a port of their own, see above. Asked by torch for every rendezvous.
+_SHARE_STORE = "TORCH_DISABLE_SHARE_RDZV_TCP_STORE"
+_ANSWER_S = 60.0
+_LAST = 1 << 20
+
+
+class Node(NamedTuple):
+    """One machine of a launch."""
+
+    wish: int
+    """The number it would like to have."""
+    address: str
+    host: str
+    pid: int
+
+
+class Rendezvous(RendezvousHandler):
+    """Gathers the machines of a launch."""
+
+    def __init__(self, request: LaunchRequest, place: Meeting) -> None:
+        fewest, most = request.nodes()
+        self._single = most == 1
+        self._first = self._single or is_own_address(place.host)
+        self._node = Node(
+            (0 if self._first else _LAST) if request.node_rank is None else request.node_rank,
+            place.host if self._first else own_address(place.host),
+            socket.gethostname(),
+            os.getpid(),
+        )
+        self.nodes: list[Node] = [self._node]
+        store = HashStore() if self._single else _meet(place, hosting=self._first)
+        wait = max(1, round(request.peer_timeout))
+        parameters = RendezvousParameters(
+            backend="c10d",
+            endpoint=f"{place.host}:{place.port}",
+            run_id=place.launch_id,
+            min_nodes=fewest,
+            max_nodes=most,
+            local_addr=self._node.address,
+            join_timeout=wait,
+        )
+        os.environ[_SHARE_STORE] = "1"
+        self._inner = create_handler(store, C10dRendezvousBackend(store, place.launch_id), parameters)
+
+    def next_rendezvous(self) -> RendezvousInfo:
+        """Wait for the other machines, and agree on their order and on where the workers meet."""
+        found = self._inner.next_rendezvous()
+        store = found.store
+        store.set(f"node/{found.rank}", json.dumps(self._node))
+        self.nodes = sorted(Node(*json.loads(store.get(f"node/{n}"))) for n in range(found.world_size))
+        rank = self.nodes.index(self._node)
+        if rank == 0:
+            store.set("workers' port", str(free_port()))
+        port = int(store.get("workers' port"))
+        return RendezvousInfo(store, rank, found.world_size, RendezvousStoreInfo(self.nodes[0].address, port))
+
+    def get_backend(self) -> str:
+        """See base class."""
+        return self._inner.get_backend()
+
+    def is_closed(self) -> bool:
+        """See base class."""
+        return self._inner.is_closed()
+
+    def set_closed(self) -> None:
+        """See base class."""
+        self._inner.set_closed()
+
+    def num_nodes_waiting(self) -> int:
+        """See base class."""
+        return 0 if self._single else self._inner.num_nodes_waiting()
+
+    def get_run_id(self) -> str:
+        """See base class."""
+        return self._inner.get_run_id()
+
+    def shutdown(self) -> bool:
+        """See base class."""
+        return self._inner.shutdown()
+
+
+def _meet(place: Meeting, *, hosting: bool) -> Store:
+    """The store on the first machine; another launcher of that machine may have it already."""
+    error: Any = None
+    for first in [True, False] if hosting else [False]:
+        try:
+            return TCPStore(
+                place.host,
+                place.port,
+                is_master=first,
+                multi_tenant=True,
+                wait_for_workers=False,
+                timeout=timedelta(seconds=_ANSWER_S),
+            )
+        except (ValueError, RuntimeError) as problem:
+            error = problem
+    raise LaunchError(
+        f"nobody answers at {place.host}:{place.port} (--rdzv-endpoint)",
+        hint="start the command on the machine with this address first, and see that the port is open",
+    ) from error

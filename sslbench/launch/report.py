@@ -1,0 +1,46 @@
+"""What a worker leaves behind for its launcher: why it ended, beyond the exit code."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping
+from contextlib import suppress
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from sslbench.errors import SslbenchError
+from sslbench.launch.environment import FOLDER
+
+
+@dataclass(frozen=True)
+class Report:
+    """The error that a worker ended with."""
+
+    title: str
+    message: str
+    hint: str | None
+    lost: bool
+    """Whether it only lost contact with the others: then the cause is somewhere else."""
+
+
+def write_report(error: SslbenchError, *, lost: bool, environ: Mapping[str, str] = os.environ) -> None:
+    """Tell the launcher; without one of ours nothing happens."""
+    if FOLDER not in environ:
+        return
+    report = Report(error.title, error.message, error.hint, lost)
+    with suppress(OSError):  # a full disk: the exit code says the most important
+        report_file(Path(environ[FOLDER]), int(environ["RANK"])).write_text(json.dumps(asdict(report)))
+
+
+def read_report(folder: Path, rank: int) -> Report | None:
+    """What a worker has told, if it could."""
+    try:
+        return Report(**json.loads(report_file(folder, rank).read_text()))
+    except (OSError, ValueError, TypeError):
+        return None
+
+
+def report_file(folder: Path, rank: int) -> Path:
+    """Where it is."""
+    return folder / f"rank-{rank}.json"
