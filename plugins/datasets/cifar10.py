@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import ClassVar
 
 from sslbench.data.cifar import CifarDataset
-from sslbench.plugin.api import Dataset
+from sslbench.plugin.api import Dataset, Published
 from sslbench.plugin.hooks import hookimpl
 
 
@@ -13,6 +13,7 @@ class Cifar10(CifarDataset):
     """50,000 training and 10,000 test images, balanced."""
 
     name = "cifar10"
+    published = Published(50_000, (32, 32), 10, same_size=True)
     folder = "cifar-10-batches-py"
     files: ClassVar[dict[str, tuple[str, ...]]] = {
         "train": tuple(f"data_batch_{number}" for number in range(1, 6)),

@@ -10,7 +10,7 @@ from sslbench.data.encoded import FileSource
 from sslbench.data.filesets import FileDataset, NormalizedOptions, RootOptions, find_base
 from sslbench.data.paths import find_images
 from sslbench.errors import DataError
-from sslbench.plugin.api import Dataset, DatasetInfo
+from sslbench.plugin.api import Dataset, DatasetInfo, Published
 from sslbench.plugin.hooks import hookimpl
 
 IMAGES = "train2017"
@@ -36,6 +36,7 @@ class Coco(FileDataset):
     """
 
     name = "coco"
+    published = Published(118_287, (480, 640))
     Config = CocoOptions
     cfg: CocoOptions
 

@@ -16,7 +16,7 @@ from sslbench.data.filesets import FileDataset, NormalizedOptions, RootOptions, 
 from sslbench.data.paths import PathTable, find_images
 from sslbench.data.subsets import balanced_subset, listed_subset
 from sslbench.errors import DataError
-from sslbench.plugin.api import Dataset, DatasetInfo
+from sslbench.plugin.api import Dataset, DatasetInfo, Published
 from sslbench.plugin.hooks import hookimpl
 
 LAYOUT = """  ROOT/train/n01440764/*.JPEG               class folders, 1,000 of them
@@ -52,6 +52,7 @@ class ImageNet(FileDataset):
     """
 
     name = "imagenet"
+    published = Published(1_281_167, (375, 500), 1000)
     Config = ImageNetOptions
     cfg: ImageNetOptions
 

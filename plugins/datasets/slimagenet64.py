@@ -11,7 +11,7 @@ from sslbench.data.encoded import FileSource
 from sslbench.data.filesets import FileDataset, RootOptions, find_base
 from sslbench.data.paths import PathTable, find_images
 from sslbench.errors import DataError
-from sslbench.plugin.api import Dataset, DatasetInfo
+from sslbench.plugin.api import Dataset, DatasetInfo, Published
 from sslbench.plugin.hooks import hookimpl
 
 TRAIN_PER_CLASS = 160
@@ -32,6 +32,7 @@ class SlimageNet64(FileDataset):
     """
 
     name = "slimagenet64"
+    published = Published(160_000, (64, 64), 1000, same_size=True)
     Config = RootOptions
     cfg: RootOptions
 

@@ -12,7 +12,7 @@ from torch import Tensor
 from sslbench.data.downloads import DownloadOptions, require_files
 from sslbench.data.imagefile import digest_whole
 from sslbench.errors import DataError
-from sslbench.plugin.api import Dataset, DatasetInfo, Source
+from sslbench.plugin.api import Dataset, DatasetInfo, Published, Source
 from sslbench.plugin.hooks import hookimpl
 
 SIDE = 96
@@ -55,6 +55,7 @@ class Stl10(Dataset):
     """
 
     name = "stl10"
+    published = Published(100_000, (96, 96), 10, same_size=True)
     Config = DownloadOptions
     cfg: DownloadOptions
 

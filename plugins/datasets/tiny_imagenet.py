@@ -11,7 +11,7 @@ from sslbench.data.encoded import FileSource
 from sslbench.data.filesets import FileDataset, RootOptions, find_base
 from sslbench.data.paths import PathTable, find_images
 from sslbench.errors import DataError
-from sslbench.plugin.api import Dataset, DatasetInfo
+from sslbench.plugin.api import Dataset, DatasetInfo, Published
 from sslbench.plugin.hooks import hookimpl
 
 LAYOUT = """  ROOT/tiny-imagenet-200/wnids.txt
@@ -28,6 +28,7 @@ class TinyImageNet(FileDataset):
     """
 
     name = "tiny-imagenet"
+    published = Published(100_000, (64, 64), 200, same_size=True)
     Config = RootOptions
     cfg: RootOptions
 

@@ -14,7 +14,7 @@ from sslbench.data.encoded import FileSource
 from sslbench.data.filesets import IMAGENET_MEAN, IMAGENET_STD, FileDataset
 from sslbench.data.paths import PathTable
 from sslbench.errors import DataError
-from sslbench.plugin.api import Dataset, DatasetInfo
+from sslbench.plugin.api import Dataset, DatasetInfo, Published
 from sslbench.plugin.hooks import hookimpl
 
 CLASSES = (
@@ -94,6 +94,7 @@ class Voc2007(Voc):
     """
 
     name = "voc2007"
+    published = Published(2_501, (375, 500), 20)
     year = "2007"
     splits = ("train", "val", "test")
 
@@ -105,6 +106,7 @@ class Voc2012(Voc):
     """
 
     name = "voc2012"
+    published = Published(5_717, (375, 500), 20)
     year = "2012"
     splits = ("train", "val")
 

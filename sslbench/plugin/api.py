@@ -33,6 +33,7 @@ __all__ = [
     "MethodConfig",
     "Options",
     "Progress",
+    "Published",
     "Source",
     "TrainingImages",
     "View",
@@ -261,6 +262,19 @@ class DatasetInfo:
     task: Literal["classification", "multilabel", "unlabelled"] = "classification"
 
 
+@dataclass(frozen=True)
+class Published:
+    """What is known of a data set without its files, so that a run on it can be planned."""
+
+    images: int
+    """Of the split that pretraining uses."""
+    size: tuple[int, int]
+    """Height and width of an image; typical ones if sizes vary."""
+    classes: int = 0
+    same_size: bool = False
+    """Whether all images have this size."""
+
+
 class Source(ABC):
     """The raw images of one split."""
 
@@ -331,6 +345,8 @@ class Dataset(ABC):
 
     name: ClassVar[str]
     Config: ClassVar[type[Options]] = Options
+    published: ClassVar[Published | None] = None
+    """Lets ``sslbench plan`` do without the files, if the data set has a published size."""
 
     def __init__(self, cfg: Options) -> None:
         self.cfg = cfg

@@ -136,6 +136,7 @@ def print_plan(composed: Composed, as_json: bool) -> None:
     for key, value in plan.items():
         shown = value if isinstance(value, str) else as_yaml(value)
         out().print(f"{key:>14}  {'-' if value is None else escape(shown)}")
+    out().print(f"{'cost':>14}  sslbench plan with the same options predicts memory, hours and traffic")
 
 
 def print_outcome(outcome: Outcome, as_json: bool) -> None:
