@@ -8,6 +8,7 @@ import sys
 from collections.abc import Sequence
 
 from sslbench.errors import SslbenchError
+from sslbench.untrusted import printable
 
 #: Options of ``sslbench`` itself, all with a value, that people also write behind a command.
 _GLOBAL = ("-p", "--plugin", "--runs", "--registry")
@@ -48,14 +49,15 @@ def prepare_environment() -> None:
 class _Levels(logging.Formatter):
     def format(self, record: logging.LogRecord) -> str:
         mark = "Warning: " if record.levelno >= logging.WARNING else ""
-        return f"{mark}{record.getMessage()}"
+        return printable(f"{mark}{record.getMessage()}")
 
 
 def report(error: SslbenchError) -> None:
-    from rich.console import Console
     from rich.text import Text
 
-    console = Console(stderr=True, highlight=False)
+    from sslbench.screen import Screen
+
+    console = Screen(stderr=True)
     console.print(Text.assemble((f"{error.title}: ", "bold red"), error.message), soft_wrap=True)
     if error.hint:
         console.print(Text.assemble(("  Next: ", "bold"), error.hint), soft_wrap=True)

@@ -99,14 +99,18 @@ def compare(
 def sync(
     context: typer.Context,
     run: Annotated[str, typer.Argument(metavar="[RUN]")] = "last",
+    tracking_uri: Annotated[
+        str | None,
+        typer.Option(help="Record it there from now on, such as when the server has moved."),
+    ] = None,
 ) -> None:
-    """Send to MLflow what could not be sent while a run was going."""
+    """Send to MLflow what could not be sent while a run was going; close runs whose process was killed."""
     prepare_environment()  # or MLflow prints addresses between the results
     from sslbench.engine.console import Console
     from sslbench.report.show import print_sync
     from sslbench.tracking import sync as replay
 
-    report = replay(run_directory(context.obj, run), Console().info)
+    report = replay(run_directory(context.obj, run), Console().info, tracking_uri)
     print_sync(report)
     if not report.complete:
         raise typer.Exit(ExitCode.UNEXPECTED)

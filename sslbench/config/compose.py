@@ -119,8 +119,9 @@ def read_config_file(path: Path) -> Layer:
     """A ``--config`` file as a layer."""
     try:
         values = read_yaml(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise ConfigError(f"--config {path} cannot be read: {error.strerror}") from error
+    except (OSError, UnicodeDecodeError) as error:
+        reason = getattr(error, "strerror", None) or error
+        raise ConfigError(f"--config {path} cannot be read: {reason}") from error
     except yaml.YAMLError as error:
         raise ConfigError(f"--config {path} is not valid YAML: {error}") from error
     if not isinstance(values, dict):

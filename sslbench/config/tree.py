@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,11 @@ from pydantic import BaseModel
 from sslbench.errors import ConfigError
 
 Tree = dict[str, Any]
+
+_DEEPEST, _MOST_VALUES = 50, 200_000
+#: What can begin a level; a text with fewer of them, and shorter, is not deep enough to do harm.
+_OPENING = re.compile(r"[\[{]|[-?]\s")
+_OPENINGS, _LONGEST = 5000, 2 << 20
 
 
 def parse_overrides(items: Iterable[str]) -> Tree:
@@ -37,8 +43,40 @@ def parse_overrides(items: Iterable[str]) -> Tree:
 
 
 def read_yaml(text: str) -> Any:
-    """YAML as plain data, by libyaml where it is there: ten times faster."""
-    return yaml.load(text, Loader=getattr(yaml, "CSafeLoader", yaml.SafeLoader))
+    """YAML as plain data, by libyaml where it is there: ten times faster.
+
+    Raises:
+        yaml.YAMLError: it is no YAML, or so large or deep that it can only be meant to do harm.
+    """
+    loader = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
+    if len(text) > _LONGEST or len(_OPENING.findall(text)) > _OPENINGS:
+        _check_depth(text, loader)
+    value = yaml.load(text, Loader=loader)
+    if _expanded(value, {}) > _MOST_VALUES:
+        raise yaml.YAMLError(f"its aliases stand for more than {_MOST_VALUES} values")
+    return value
+
+
+def _check_depth(text: str, loader: Any) -> None:
+    """Refuse what would overflow the stack: libyaml's binding recurses without a bound, and the process dies."""
+    depth = 0
+    for event in yaml.parse(text, Loader=loader):
+        opens = isinstance(event, yaml.CollectionStartEvent)
+        depth += opens - isinstance(event, yaml.CollectionEndEvent)
+        if depth > _DEEPEST:
+            raise yaml.YAMLError(f"it is nested deeper than {_DEEPEST} levels")
+
+
+def _expanded(value: Any, known: dict[int, int], depth: int = 0) -> int:
+    """Number of values, those behind an alias counted each time: a few lines can stand for billions."""
+    if not isinstance(value, dict | list):
+        return 1
+    if depth > _DEEPEST:
+        raise yaml.YAMLError(f"it is nested deeper than {_DEEPEST} levels, or contains itself")
+    if id(value) not in known:
+        items = value.values() if isinstance(value, dict) else value
+        known[id(value)] = 1 + sum(_expanded(item, known, depth + 1) for item in items)
+    return known[id(value)]
 
 
 def flatten(tree: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import tarfile
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
 from sslbench.config.options import cosmetic
@@ -52,11 +54,26 @@ def require_files(
     return base
 
 
+@contextmanager
+def _confined() -> Iterator[None]:
+    """Archives that torchvision unpacks meanwhile cannot write outside their folder, nor make links and devices.
+
+    Python does so by itself from 3.14 on.
+    """
+    before = tarfile.TarFile.extraction_filter
+    tarfile.TarFile.extraction_filter = staticmethod(tarfile.data_filter)
+    try:
+        yield
+    finally:
+        tarfile.TarFile.extraction_filter = before
+
+
 def _download(name: str, root: Path, download: Callable[[Path], object]) -> None:
     try:
         root.mkdir(parents=True, exist_ok=True)
-        download(root)
-    except (OSError, RuntimeError) as error:
+        with _confined():
+            download(root)
+    except (OSError, RuntimeError, tarfile.TarError) as error:
         raise DataError(
             f"data set '{name}' could not be downloaded to {root}: {error}",
             hint="check the network, or unpack the archive there by hand",

@@ -5,6 +5,8 @@ from __future__ import annotations
 import hashlib
 import io
 import os
+import stat
+import struct
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import lru_cache
@@ -22,6 +24,10 @@ from sslbench.data.paths import PathTable
 from sslbench.errors import DataError
 
 _TORCHVISION = frozenset({".jpg", ".jpeg", ".png", ".webp"})
+_FORMATS = ("JPEG", "MPO", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM")
+"""What Pillow may take a file for: among its others is EPS, for which it starts a PostScript interpreter."""
+_MOST_PIXELS = 178_956_970
+"""From here on Pillow refuses too: a file of a few kilobytes can be a picture of many gigabytes."""
 _RGB = 3
 """``torchvision.io.ImageReadMode.RGB``"""
 _PER_TASK = 32
@@ -59,6 +65,7 @@ def read_bytes(path: Path) -> NDArray[np.uint8]:
         DataError: naming the file.
     """
     try:
+        check_regular(path)
         return np.fromfile(path, np.uint8)
     except OSError as error:
         raise _unreadable(str(path), error) from error
@@ -77,12 +84,58 @@ def decode_image(content: NDArray[np.uint8], name: str) -> Tensor:
     """
     if not len(content):
         raise _unreadable(name, ValueError("it is empty"))
-    fast = _torchvision_decoder() if os.path.splitext(name)[1].lower() in _TORCHVISION else None
     try:
+        fast = _torchvision_decoder() if os.path.splitext(name)[1].lower() in _TORCHVISION else None
+        fast = fast if _check_pixels(content) else None
         image = fast(torch.from_numpy(content)) if fast else None
         return _decode_pil(content) if image is None else image
     except (OSError, ValueError, RuntimeError, SyntaxError, Image.DecompressionBombError) as error:
         raise _unreadable(name, error) from error
+
+
+def check_regular(path: Path) -> None:
+    """Refuse pipes and devices, such as a link to ``/dev/zero`` that is called an image: reading has no end there.
+
+    Raises:
+        OSError: it is none or there is nothing.
+    """
+    if not stat.S_ISREG(os.stat(path).st_mode):
+        raise OSError("it is no regular file")
+
+
+def _check_pixels(content: NDArray[np.uint8]) -> bool:
+    """Whether torchvision may decode it; Pillow is to look at what is neither JPEG, PNG nor WebP, or is malformed.
+
+    Raises:
+        ValueError: its header announces too many pixels.
+    """
+    start = content[:24].tobytes()
+    if start[:8] == b"\x89PNG\r\n\x1a\n" and start[12:16] == b"IHDR" and len(start) == 24:
+        width, height = struct.unpack(">II", start[16:])
+    elif start[:2] == b"\xff\xd8":
+        height, width = _jpeg_size(content.data)
+    else:
+        height, width = image_size(io.BytesIO(content.data)) if start[8:12] == b"WEBP" else (0, 0)
+    if height * width > _MOST_PIXELS:
+        raise ValueError(f"{width}x{height} pixels are more than the {_MOST_PIXELS} that are decoded")
+    return bool(height * width)
+
+
+def _jpeg_size(data: memoryview) -> tuple[int, int]:
+    """Height and width from the first frame header; zeros if it is not where the standard wants it."""
+    place = 2
+    while place + 9 < len(data) and data[place] == 0xFF:
+        marker = data[place + 1]
+        if marker == 0xFF:
+            place += 1
+        elif 0xC0 <= marker <= 0xCF and marker not in (0xC4, 0xC8, 0xCC):
+            height, width = struct.unpack(">HH", data[place + 5 : place + 9])
+            return height, width
+        elif 0xD0 <= marker <= 0xD9 or marker == 0x01:  # without a length
+            place += 2
+        else:
+            place += 2 + int.from_bytes(data[place + 2 : place + 4], "big")
+    return 0, 0
 
 
 def _unreadable(name: str, error: Exception) -> DataError:
@@ -126,7 +179,7 @@ def _torchvision_library() -> Path:
 
 
 def _decode_pil(content: NDArray[np.uint8]) -> Tensor:
-    with Image.open(io.BytesIO(content.tobytes())) as image:
+    with Image.open(io.BytesIO(content.tobytes()), formats=_FORMATS) as image:
         if image.mode.startswith("I"):
             # PIL's own conversion clips 16-bit values at 255 instead of scaling them.
             values = (np.asarray(image).astype(np.int64) >> 8).clip(0, 255).astype(np.uint8)
@@ -139,7 +192,9 @@ def _decode_pil(content: NDArray[np.uint8]) -> Tensor:
 def image_size(file: Path | IO[bytes]) -> tuple[int, int]:
     """Height and width from a file's header; (0, 0) if it cannot be read."""
     try:
-        with Image.open(file) as image:
+        if isinstance(file, Path):
+            check_regular(file)
+        with Image.open(file, formats=_FORMATS) as image:
             return image.height, image.width
     except (OSError, ValueError, SyntaxError, Image.DecompressionBombError):
         return 0, 0
@@ -186,12 +241,14 @@ def digest_whole(root: Path, paths: Sequence[Path]) -> str:
 
 
 def _digest_file(path: Path) -> bytes:
+    check_regular(path)
     with path.open("rb") as file:
         return hashlib.file_digest(file, "blake2b").digest()
 
 
 def _digest_start(path: Path) -> bytes:
     """Of a file's size and its first 64 KiB."""
+    check_regular(path)
     with path.open("rb") as file:
         size = os.fstat(file.fileno()).st_size
         return hashlib.blake2b(file.read(_SAMPLED_BYTES) + str(size).encode()).digest()

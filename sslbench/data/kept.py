@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import zipfile
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
@@ -12,6 +11,7 @@ from uuid import uuid4
 import numpy as np
 from numpy.typing import NDArray
 
+from sslbench.data.arrays import read_arrays
 from sslbench.data.entry import default_folder
 
 logger = logging.getLogger(__name__)
@@ -45,9 +45,8 @@ def kept(
 def _load(file: Path) -> NDArray[np.int64] | None:
     """None if there is none or it is damaged."""
     try:
-        with np.load(file, allow_pickle=False) as arrays:
-            return np.asarray(arrays["table"], np.int64)
-    except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile):
+        return np.asarray(read_arrays(file)["table"], np.int64)
+    except (OSError, ValueError, KeyError):
         return None
 
 

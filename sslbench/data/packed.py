@@ -6,7 +6,6 @@ import io
 import json
 import os
 import time
-import zipfile
 import zlib
 from collections.abc import Callable
 from pathlib import Path
@@ -19,6 +18,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from sslbench.config.schema import DataOptions
+from sslbench.data.arrays import read_arrays
 from sslbench.data.cache import read_or_reason
 from sslbench.data.encoded import EncodedSource
 from sslbench.data.entry import Entry, cache_folder, write_synced
@@ -119,14 +119,14 @@ class PackedImages(Entry[PackedSource]):
     def find(self) -> PackedSource | None:
         file = self.path / _FILE
         try:
-            with np.load(self.path / _INDEX, allow_pickle=False) as arrays:
-                ends, sizes, checks = arrays["ends"], arrays["sizes"], arrays["checks"]
+            arrays = read_arrays(self.path / _INDEX)
+            ends, sizes, checks = arrays["ends"], arrays["sizes"], arrays["checks"]
             about = json.loads((self.path / _ABOUT).read_text())
             if not len(ends) == len(sizes) == len(self.source) or file.stat().st_size != int(ends[-1]):
                 return None
             again = [int(index) for index in about["unreadable"]]
             reasons = {index: read_or_reason(self.source, index) for index in again}
-        except (OSError, ValueError, KeyError, TypeError, IndexError, EOFError, zipfile.BadZipFile):
+        except (OSError, ValueError, KeyError, TypeError, IndexError):
             return None
         known = {index: reason for index, reason in reasons.items() if isinstance(reason, str)}
         if len(known) < len(again):

@@ -133,10 +133,19 @@ def _walk(root: Path) -> Listing:
     top = os.fspath(root)
     for parent, folders, files in os.walk(top, followlinks=True):
         inside = os.path.relpath(parent, top).replace(os.sep, "/") if parent != top else ""
-        folders[:] = sorted(name for name in folders if not name.startswith("."))
+        folders[:] = sorted(name for name in folders if not (name.startswith(".") or _leads_up(parent, name)))
         images = sorted(name for name in files if is_image(name))
         if images:
             yield inside, images
+
+
+def _leads_up(parent: str, name: str) -> bool:
+    """Whether a folder is a link to one that it lies in: two of these would be followed without end."""
+    path = os.path.join(parent, name)
+    if not os.path.islink(path):
+        return False
+    target, here = os.path.realpath(path), os.path.realpath(parent)
+    return os.path.commonpath([target, here]) == target
 
 
 def is_image(name: str) -> bool:

@@ -8,7 +8,6 @@ import logging
 import os
 import re
 import tarfile
-import zipfile
 from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
@@ -18,11 +17,14 @@ from uuid import uuid4
 import numpy as np
 from numpy.typing import NDArray
 
+from sslbench.data.arrays import read_arrays
 from sslbench.errors import DataError
 
 logger = logging.getLogger(__name__)
 
 IMAGES = frozenset({"jpg", "jpeg", "png", "webp"})
+_LABEL_DIGITS = 6
+"""A class number as large as memory would make as many classes."""
 INDEX_VERSION = 1
 """Part of every index file. Bump it when the same archive may give another index."""
 
@@ -112,14 +114,23 @@ def _index_files(shard: Path) -> tuple[Path, Path]:
 def _load_index(file: Path, stamp: NDArray[np.int64]) -> ShardIndex | None:
     """None if there is none, it is damaged, or the archive has changed."""
     try:
-        with np.load(file, allow_pickle=False) as arrays:
-            if not np.array_equal(arrays["stamp"], stamp):
-                return None
-            names = arrays["names"].tobytes().decode(errors="surrogateescape").split("\0")[:-1]
-            index = ShardIndex(tuple(names), arrays["offsets"], arrays["sizes"], arrays["labels"])
-    except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile):
+        arrays = read_arrays(file)
+        if not np.array_equal(arrays["stamp"], stamp):
+            return None
+        names = arrays["names"].tobytes().decode(errors="surrogateescape").split("\0")[:-1]
+        index = ShardIndex(tuple(names), arrays["offsets"], arrays["sizes"], arrays["labels"])
+    except (OSError, ValueError, KeyError):
         return None
-    return index if {len(part) for part in index} == {len(names)} else None
+    return index if _is_sound(index, int(stamp[1])) else None
+
+
+def _is_sound(index: ShardIndex, archive_bytes: int) -> bool:
+    """Whether it speaks of the archive: its file may have come along with somebody else's data."""
+    _, offsets, sizes, labels = index
+    if any(part.dtype != np.int64 or part.shape != (len(index.names),) for part in index[1:]):
+        return False
+    inside = (offsets >= 0) & (sizes >= 0) & (sizes <= archive_bytes) & (offsets <= archive_bytes - sizes)
+    return bool(inside.all() and ((labels >= -1) & (labels < 10**_LABEL_DIGITS)).all())
 
 
 def _save_index(index: ShardIndex, stamp: NDArray[np.int64], file: Path) -> bool:
@@ -181,7 +192,7 @@ def _key(name: str) -> tuple[str, str]:
 def _label(archive: tarfile.TarFile, member: tarfile.TarInfo, shard: Path) -> int:
     content = archive.extractfile(member)
     text = content.read(32) if content else b""
-    if not re.fullmatch(rb"\s*\d{1,9}\s*", text):
+    if not re.fullmatch(rb"\s*\d{1,%d}\s*" % _LABEL_DIGITS, text):
         raise DataError(f"{shard}: {member.name} holds {text!r}, not a class number")
     return int(text)
 

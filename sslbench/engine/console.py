@@ -6,8 +6,10 @@ import time
 from collections.abc import Mapping
 from typing import Any
 
-from rich.console import Console as RichConsole
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
+from rich.text import Text
+
+from sslbench.screen import Screen
 
 _SHOWN = ("train/loss", "train/top1", "train/lr", "perf/images_per_second", "perf/data_wait_share")
 
@@ -16,26 +18,26 @@ class Console:
     """Messages and progress on stderr; a bar on a terminal, else about one line per tenth of the run."""
 
     def __init__(self, *, quiet: bool = False) -> None:
-        self.rich = RichConsole(stderr=True, quiet=quiet, highlight=False)
+        self.rich = Screen(stderr=True, quiet=quiet)
         self._bar: Progress | None = None
         self._task: Any = None
         self._lines: tuple[int, int, int] | None = None
 
     def info(self, message: str) -> None:
-        self.rich.print(message, markup=False, soft_wrap=True)
+        self.rich.print(message, soft_wrap=True)
 
     def warn(self, message: str) -> None:
-        self.rich.print(f"[yellow]Warning:[/yellow] {_escape(message)}", soft_wrap=True)
+        self.rich.print(Text.assemble(("Warning:", "yellow"), f" {message}"), soft_wrap=True)
 
     def begin(self, title: str, start: int, total: int) -> None:
         """Start showing progress over steps ``start`` to ``total``."""
         self._eta = _Eta(start, total)
         if self.rich.is_terminal:
             self._bar = Progress(
-                TextColumn("{task.description}"),
+                TextColumn("{task.description}", markup=False),
                 BarColumn(bar_width=24),
                 MofNCompleteColumn(),
-                TextColumn("{task.fields[line]}"),
+                TextColumn("{task.fields[line]}", markup=False),
                 console=self.rich,
                 transient=True,
             )
@@ -91,7 +93,3 @@ def _format(metrics: Mapping[str, float]) -> str:
         "perf/data_wait_share": lambda v: f"data wait {100 * v:.0f} %",
     }
     return "  ".join(words[key](metrics[key]) for key in _SHOWN if key in metrics)
-
-
-def _escape(text: str) -> str:
-    return text.replace("[", "\\[")

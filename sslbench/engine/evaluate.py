@@ -177,6 +177,8 @@ def evaluate_run(plan: EvalPlan, catalog: Catalog, console: Console) -> EvalOutc
         children.append(evaluate_run(child, catalog, console))
         return children[-1].metrics
 
+    if plan.record.moved_from:
+        console.info(f"{plan.record.name} was in {plan.record.moved_from}; recorded in {plan.record.tracking_uri}")
     console.info(f"Evaluating {plan.protocol.name} v{plan.protocol.version} on {subject}")
     with tracker.closing():
         job = EvaluationJob(

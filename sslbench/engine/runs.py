@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
 from sslbench.errors import CheckpointError, did_you_mean
+from sslbench.tracking.record import record_problem
+from sslbench.untrusted import read_json
 
 RUN_FILE = "run.json"
 
@@ -38,10 +39,15 @@ def pretrained_runs(root: Path) -> list[tuple[dict[str, Any], Path]]:
     """Records and directories of all runs under ``root`` that hold a model, oldest first."""
     found: dict[Path, dict[str, Any]] = {}
     for file in [*root.glob(f"*/{RUN_FILE}"), *root.glob(f"*/*/{RUN_FILE}"), *root.glob(f"*/*/*/{RUN_FILE}")]:
-        record = _read(file)
+        record = read_record(file)
         if record.get("kind") in ("pretrain", "import"):
             found[file.parent.resolve()] = record
-    return sorted(((r, p) for p, r in found.items()), key=lambda item: float(item[0].get("started", 0)))
+    return sorted(((r, p) for p, r in found.items()), key=lambda item: when(item[0]))
+
+
+def when(record: dict[str, Any]) -> float:
+    """What runs are ordered by; records of earlier versions have the time of their start alone."""
+    return float(record.get("order") or record.get("started") or 0)
 
 
 def trained_run(reference: str, root: Path) -> Path:
@@ -51,7 +57,7 @@ def trained_run(reference: str, root: Path) -> Path:
         CheckpointError: as above, or it holds imported weights.
     """
     run_dir = find_run(reference, root)
-    record = _read(run_dir / RUN_FILE)
+    record = read_record(run_dir / RUN_FILE)
     if record.get("kind") == "import":
         raise CheckpointError(
             f"--resume {reference}: the run {record.get('name')} holds imported weights, no training to continue",
@@ -66,12 +72,13 @@ def _fits(record: dict[str, Any], reference: str) -> bool:
     )
 
 
-def _read(file: Path) -> dict[str, Any]:
+def read_record(file: Path) -> dict[str, Any]:
+    """A ``run.json``; empty if it is damaged: one such file must not hide the other runs of a shared folder."""
     try:
-        content = json.loads(file.read_text(encoding="utf-8"))
+        content = read_json(file)
     except (OSError, ValueError):
         return {}
-    return content if isinstance(content, dict) else {}
+    return content if record_problem(content) is None else {}
 
 
 def _unknown(reference: str, root: Path, records: list[dict[str, Any]]) -> CheckpointError:

@@ -36,6 +36,7 @@ from sslbench.evaluation.features import (
 from sslbench.evaluation.rules import check_split, check_task
 from sslbench.plugin.api import Backbone, Batch, Dataset, EvalOptions, EvalProtocol, FeatureTable, Source, ViewSpec
 from sslbench.rng import derive_seed
+from sslbench.untrusted import file_name
 
 logger = logging.getLogger(__name__)
 
@@ -45,7 +46,7 @@ RunChild = Callable[[str, str, Mapping[str, Any], Mapping[str, Any]], dict[str, 
 
 def evaluation_dir(run_dir: Path, protocol: str, dataset_key: str) -> Path:
     """Where the evaluation of a run by a protocol on a data set keeps its files."""
-    return run_dir / "evals" / dataset_key / protocol
+    return run_dir / "evals" / file_name(dataset_key) / file_name(protocol)
 
 
 def preprocessing_for(dataset: Dataset, options: EvalOptions, image_size: int) -> Preprocessing:

@@ -140,13 +140,15 @@ def _verdict(row: Row, reference: Reference, cell: Cell) -> Verdict:
 
 def _usable(results: Sequence[RunResult]) -> tuple[list[RunResult], list[str]]:
     limited = [r for r in results if r.limited]
-    unfinished = [r for r in results if not r.limited and r.status != "FINISHED"]
+    going = [r for r in results if not r.limited and r.status == "RUNNING"]
+    unfinished = [r for r in results if not r.limited and r.status not in ("FINISHED", "RUNNING")]
     usable = [r for r in results if not r.limited and r.status == "FINISHED"]
     silent = [r for r in usable if not r.evals]
     remarks = [
         f"{_runs(len(left_out))} left out: {why}"
         for left_out, why in (
             (limited, "stopped early by train.limit"),
+            (going, "pretraining goes on, or its machine cannot be seen from here"),
             (unfinished, "pretraining did not finish"),
             (silent, "no evaluation yet"),
         )

@@ -7,13 +7,14 @@ import os
 import shutil
 import sys
 import textwrap
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from itertools import zip_longest
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from sslbench.plugin.catalog import Catalog, Kind
 from sslbench.terminal import is_terminal
+from sslbench.untrusted import printable
 
 if TYPE_CHECKING:
     from sslbench.config.registry import Registry
@@ -55,6 +56,7 @@ def list_recipes(registry: Registry, as_json: bool) -> None:
 def list_runs(root: Path, as_json: bool) -> None:
     """Pretrained models under the runs folder, oldest first."""
     from sslbench.engine.runs import pretrained_runs
+    from sslbench.report.results import run_status
 
     runs = pretrained_runs(root)
     if as_json:
@@ -64,17 +66,9 @@ def list_runs(root: Path, as_json: bool) -> None:
     rows = []
     for record, path in runs:
         tags = record.get("tags", {})
-        status = _status(record, path) + (" (limited)" if tags.get("sslbench.limited") == "true" else "")
+        status = run_status(record, path) + (" (limited)" if tags.get("sslbench.limited") == "true" else "")
         rows.append((str(record.get("name")), status, *(tags.get(f"sslbench.{name}", "") for name in names)))
     print_table(f"runs in {root}", ("name", "status", *names), rows)
-
-
-def _status(record: Mapping[str, Any], run_dir: Path) -> str:
-    """A process that was killed could not note its end."""
-    from sslbench.tracking import RunRecord
-
-    status = str(record.get("status"))
-    return "KILLED" if status == "RUNNING" and RunRecord.load(run_dir).is_abandoned() else status
 
 
 def print_json(content: Any) -> None:
@@ -85,6 +79,7 @@ def print_json(content: Any) -> None:
 def print_table(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
     """A table on stdout, as wide as the terminal at most; on a pipe each row is one line."""
     width = shutil.get_terminal_size().columns if is_terminal() else None
+    title, rows = printable(title), [[printable(cell) for cell in row] for row in rows]
     lines = table_lines(columns, rows, width)
     encoding = getattr(sys.stdout, "encoding", None) or ""
     rule = "─" if encoding.lower().startswith("utf") else "-"

@@ -10,7 +10,10 @@ from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any, Literal
 
-from sslbench.engine.runs import find_run, pretrained_runs
+from sslbench.engine.runs import RUN_FILE, find_run, pretrained_runs, read_record, when
+from sslbench.errors import CheckpointError
+from sslbench.tracking import RunRecord
+from sslbench.untrusted import read_json
 
 RESULT = "result.json"
 Direction = Literal["max", "min"]
@@ -96,13 +99,26 @@ def load_results(root: Path, selectors: Sequence[str] = ()) -> list[RunResult]:
         wanted = {path for selector in selectors for path in _select(selector, root, runs)}
         known = {path for _, path in runs}
         runs = [run for run in runs if run[1] in wanted]
-        runs += [(json.loads((path / "run.json").read_text()), path) for path in sorted(wanted - known)]
+        runs += [(_record(path), path) for path in sorted(wanted - known)]
     return [_run_result(record, path) for record, path in runs]
 
 
 def _select(selector: str, root: Path, runs: Sequence[tuple[dict[str, Any], Path]]) -> list[Path]:
     matching = [path for record, path in runs if fnmatchcase(str(record.get("name")), selector)]
     return matching or [find_run(selector, root)]
+
+
+def _record(run_dir: Path) -> dict[str, Any]:
+    record = read_record(run_dir / RUN_FILE)
+    if not record:
+        raise CheckpointError(f"{run_dir / RUN_FILE} is damaged")
+    return record
+
+
+def run_status(record: Mapping[str, Any], run_dir: Path) -> str:
+    """A process that was killed could not note its end."""
+    status = str(record.get("status", ""))
+    return "KILLED" if status == "RUNNING" and RunRecord.load(run_dir).is_abandoned() else status
 
 
 def _run_result(record: Mapping[str, Any], run_dir: Path) -> RunResult:
@@ -112,8 +128,8 @@ def _run_result(record: Mapping[str, Any], run_dir: Path) -> RunResult:
         run_id=str(record["run_id"]),
         name=str(record["name"]),
         experiment=str(record.get("experiment", "")),
-        status=str(record.get("status", "")),
-        started=float(record.get("started", 0.0)),
+        status=run_status(record, run_dir),
+        started=when(dict(record)),
         method=tags.get("method", "?"),
         backbone=tags.get("backbone", "?"),
         dataset=tags.get("dataset", "?"),
@@ -132,8 +148,8 @@ def _evals(run_dir: Path) -> list[EvalResult]:
     found = []
     for file in sorted((run_dir / "evals").rglob(RESULT)):
         try:
-            found.append(EvalResult.from_json(json.loads(file.read_text())))
-        except (ValueError, KeyError, TypeError, AttributeError):
+            found.append(EvalResult.from_json(read_json(file)))
+        except (OSError, ValueError, KeyError, TypeError, AttributeError):
             continue  # an evaluation that died while writing, or another program's file
     return found
 

@@ -8,12 +8,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rich import box
-from rich.console import Console
-from rich.markup import escape
 from rich.table import Table
+from rich.text import Text
 
 from sslbench.plugin.catalog import Catalog, Kind
 from sslbench.report.listing import print_json
+from sslbench.screen import Screen
 
 if TYPE_CHECKING:
     from sslbench.config.compose import Composed
@@ -25,10 +25,15 @@ if TYPE_CHECKING:
     from sslbench.tracking import SyncReport
 
 
-def out() -> Console:
+def out() -> Screen:
     """A console on stdout that never wraps when it is piped."""
-    console = Console(highlight=False)
-    return console if console.is_terminal else Console(highlight=False, width=200)
+    console = Screen()
+    return console if console.is_terminal else Screen(width=200)
+
+
+def _headed(name: str, rest: str) -> Text:
+    """A bold name and what is said of it."""
+    return Text.assemble((name, "bold"), f"  {rest}")
 
 
 def show_plugin(catalog: Catalog, registry: Registry, kind: Kind, name: str, as_json: bool) -> None:
@@ -45,8 +50,8 @@ def show_plugin(catalog: Catalog, registry: Registry, kind: Kind, name: str, as_
         print_json({**entry.identity(), "kind": kind, "doc": cls.__doc__, "options": options, "recipes": recipes})
         return
     console = out()
-    console.print(f"[bold]{entry.name}[/bold]  {kind} of {entry.distribution} {entry.version}  ({entry.module})")
-    console.print(escape(_module_doc(cls)))
+    console.print(_headed(entry.name, f"{kind} of {entry.distribution} {entry.version}  ({entry.module})"))
+    console.print(_module_doc(cls))
     console.print(_option_table(f"options (write {_prefix(kind, entry.name)}KEY=VALUE)", options))
     for model in nested_models(cls.Config):
         console.print(_option_table(model.__name__, describe_options(model)))
@@ -68,13 +73,11 @@ def show_recipe(registry: Registry, name: str, as_json: bool) -> None:
         print_json({"name": name, **recipe.model_dump(), "config": merged, "references": references})
         return
     console = out()
-    console.print(f"[bold]{name}[/bold]  {escape(recipe.summary)}\nsource: {escape(recipe.source)}")
+    console.print(_headed(name, f"{recipe.summary}\nsource: {recipe.source}"))
     print_tree(merged, False)
     for row in references:
         mark = "" if row["verified"] else "  (not verified)"
-        console.print(
-            f"reference: {row['metric']} = {row['value']} ± {row['tolerance']}{mark}  {escape(row['source'])}"
-        )
+        console.print(f"reference: {row['metric']} = {row['value']} ± {row['tolerance']}{mark}  {row['source']}")
 
 
 def print_tree(tree: Mapping[str, Any], as_json: bool) -> None:
@@ -105,7 +108,7 @@ def print_explained(composed: Composed, as_json: bool) -> None:
     table = _table(f"configuration {composed.hash()}", "key", "value", "origin")
     for row in rows:
         style = "dim" if row["origin"] == "default" else None
-        table.add_row(row["key"], escape(as_yaml(row["value"])), row["origin"], style=style)
+        table.add_row(row["key"], as_yaml(row["value"]), row["origin"], style=style)
     out().print(table)
 
 
@@ -135,7 +138,7 @@ def print_plan(composed: Composed, as_json: bool) -> None:
         return
     for key, value in plan.items():
         shown = value if isinstance(value, str) else as_yaml(value)
-        out().print(f"{key:>14}  {'-' if value is None else escape(shown)}")
+        out().print(f"{key:>14}  {'-' if value is None else shown}")
     out().print(f"{'cost':>14}  sslbench plan with the same options predicts memory, hours and traffic")
 
 
@@ -145,7 +148,8 @@ def print_outcome(outcome: Outcome, as_json: bool) -> None:
         print_json(dataclasses.asdict(outcome))
         return
     console = out()
-    console.print(f"\n[bold]{outcome.name}[/bold]  {outcome.steps} steps, {outcome.seconds:.0f} s")
+    console.print()
+    console.print(_headed(outcome.name, f"{outcome.steps} steps, {outcome.seconds:.0f} s"))
     if outcome.evals:
         console.print(_eval_table(outcome.evals))
     console.print(f"run directory  {outcome.run_dir}")
@@ -169,7 +173,7 @@ def print_imported(outcome: Imported, as_json: bool) -> None:
         return
     left = ", ".join(f"{what} ({count})" for what, count in outcome.ignored.items()) or "nothing"
     console = out()
-    console.print(f"[bold]{escape(outcome.name)}[/bold]  {outcome.method}, layout {outcome.layout}")
+    console.print(_headed(outcome.name, f"{outcome.method}, layout {outcome.layout}"))
     console.print(f"{outcome.tensors} of {outcome.expected} tensors, ignored: {left}")
     if outcome.filled:
         console.print(
@@ -177,7 +181,7 @@ def print_imported(outcome: Imported, as_json: bool) -> None:
         )
     console.print(f"evaluations show it images of {outcome.image_size} pixels, unless size=N says otherwise")
     console.print(f"run directory  {outcome.run_dir}")
-    console.print(f"next           sslbench eval linear {escape(outcome.name)} --dataset NAME")
+    console.print(f"next           sslbench eval linear {outcome.name} --dataset NAME")
 
 
 def print_checks(checks: Sequence[Check], as_json: bool) -> None:
@@ -187,9 +191,9 @@ def print_checks(checks: Sequence[Check], as_json: bool) -> None:
         return
     console = out()
     for check in checks:
-        mark = "[green]ok[/green]  " if check.passed else "[red]FAIL[/red]"
+        mark = ("ok  ", "green") if check.passed else ("FAIL", "red")
         advice = f"   next: {check.advice}" if check.advice and not check.passed else ""
-        console.print(f"{mark} {check.name:<44} {escape(check.detail)}{escape(advice)}")
+        console.print(Text.assemble(mark, f" {check.name:<44} {check.detail}{advice}"))
     failed = sum(not check.passed for check in checks)
     console.print(f"{len(checks) - failed} of {len(checks)} checks passed")
 
@@ -219,9 +223,11 @@ def print_sync(report: SyncReport) -> None:
     console = out()
     for part in (report, *report.children):
         state = "complete" if part.error is None else f"not complete: {part.error}"
-        console.print(f"{part.name}: {part.points} values sent, {escape(state)}")
+        console.print(f"{part.name}: {part.points} values sent, {state}")
+        for note in part.notes:
+            console.print(f"  {note}", soft_wrap=True)
         for refused in part.refused:
-            console.print(f"  refused by the store: {escape(refused)}")
+            console.print(f"  refused by the store: {refused}")
 
 
 def _eval_table(outcomes: Sequence[EvalOutcome]) -> Table:
@@ -238,7 +244,7 @@ def _option_table(title: str, options: Sequence[Mapping[str, Any]]) -> Table:
     columns = ("key", "type", "default", "meaning")
     table = _table(title, *columns)
     for row in options:
-        table.add_row(*(escape(str(row[column])) for column in columns))
+        table.add_row(*(str(row[column]) for column in columns))
     return table
 
 

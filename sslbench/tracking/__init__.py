@@ -1,9 +1,10 @@
 """The journal and MLflow. The only package that imports mlflow."""
 
+from sslbench.tracking.address import resolve_tracking_uri
 from sslbench.tracking.process import prepare_store
 from sslbench.tracking.push import SyncReport, run_directories, sync
 from sslbench.tracking.record import ParentRef, RunRecord
-from sslbench.tracking.store import check_store, resolve_tracking_uri
+from sslbench.tracking.store import check_store
 from sslbench.tracking.tracker import Tracker, describe_experiment, headline
 
 __all__ = [

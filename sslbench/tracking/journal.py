@@ -6,10 +6,11 @@ import errno
 import json
 import math
 import os
-import time
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
+
+from sslbench.tracking.clock import now
 
 
 class Entry(NamedTuple):
@@ -47,12 +48,13 @@ class Journal:
 
     def __init__(self, path: Path) -> None:
         self.path = path
+        self._last_time: float | None = None
 
     def append(self, step: int, metrics: Mapping[str, float], *, headline: bool = False) -> None:
         """Add one line. One write in append mode, so that several processes may do it."""
         record: dict[str, Any] = {
             "step": int(step),
-            "time": round(time.time(), 3),
+            "time": round(self._time(), 3),
             "metrics": {key: _encode(float(value)) for key, value in metrics.items()},
         }
         if headline:
@@ -61,6 +63,17 @@ class Journal:
             line = self._line_break(file.tell()) + json.dumps(record).encode() + b"\n"
             if file.write(line) < len(line):  # a disk that is nearly full takes a part without an error
                 raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(self.path))
+
+    def last_time(self) -> float:
+        """Time of the last entry, 0 for an empty journal."""
+        if self._last_time is None:
+            self._last_time = max((entry.time for entry in self.entries()), default=0.0)
+        return self._last_time
+
+    def _time(self) -> float:
+        """Never before the entry before: of two values of one step, MLflow shows the one with the later time."""
+        self._last_time = max(now(), self.last_time())
+        return self._last_time
 
     def _line_break(self, size: int) -> bytes:
         """A line break if the file ends in half a line."""

@@ -22,7 +22,8 @@ from functools import partial
 from itertools import count
 from typing import Any, BinaryIO, cast
 
-from sslbench.tracking.store import RejectedError, Store, StoreError, reason, resolve_tracking_uri, sqlite_path
+from sslbench.tracking.address import resolve_tracking_uri, sqlite_path
+from sslbench.tracking.store import RejectedError, Store, StoreError, reason
 
 _PREFIX = "MLFLOW_"
 # The parent's own path, as it is: a module that happens to lie in the working directory is none of ours.
@@ -113,8 +114,11 @@ def prepare_store() -> None:
             store_process()
 
 
-def open_store(uri: str) -> Store:
+def open_store(uri: str, patient: bool) -> Store:
     """A store whose methods run in the other process.
+
+    Args:
+        patient: give a slow server the time it takes.
 
     Raises:
         StoreError, RejectedError: as :class:`~sslbench.tracking.store.Store` does.
@@ -124,13 +128,14 @@ def open_store(uri: str) -> Store:
     except OSError as error:
         raise StoreError(reason(error)) from error
     settings = {name: value for name, value in os.environ.items() if name.startswith(_PREFIX)}
-    return cast(Store, _Remote(process, process.call("open", uri, settings)))
+    return cast(Store, _Remote(process, uri, process.call("open", uri, patient, settings)))
 
 
 class _Remote:
     """Has the methods of :class:`~sslbench.tracking.store.Store`."""
 
-    def __init__(self, process: StoreProcess, number: int) -> None:
+    def __init__(self, process: StoreProcess, uri: str, number: int) -> None:
+        self.uri = uri
         self._process = process
         self._number = number
 
@@ -146,11 +151,11 @@ class _Service:
         self._lock = threading.Lock()
         self._stores: list[Store] = []
 
-    def open(self, uri: str, settings: Mapping[str, str]) -> int:
+    def open(self, uri: str, patient: bool, settings: Mapping[str, str]) -> int:
         for name in [name for name in os.environ if name.startswith(_PREFIX)]:
             del os.environ[name]
         os.environ.update(settings)
-        store = Store(uri)
+        store = Store(uri, patient=patient)
         with self._lock:
             self._stores.append(store)
             return len(self._stores) - 1

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+import shlex
 import shutil
 from collections.abc import Callable, Iterator
 from contextlib import suppress
@@ -11,15 +12,19 @@ from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
 
+from sslbench.errors import ConfigError
+from sslbench.tracking.address import local_path, resolve_tracking_uri
 from sslbench.tracking.journal import Entry, Journal
 from sslbench.tracking.note import note
 from sslbench.tracking.record import Log, RunRecord, SyncState, edit_sync_state
-from sslbench.tracking.store import Point, RejectedError, Store, StoreError, local_path
+from sslbench.tracking.store import ORIGIN, Point, RejectedError, Store, StoreError
+from sslbench.untrusted import file_name, read_json
 
 JOURNAL = "metrics.jsonl"
 #: Files at the top of a run directory that a remote store gets a copy of.
 SMALL_FILES = ("config.yaml", "environment.yaml", "command.txt", JOURNAL, "run.json", "error.json")
-MODEL_FILES = ("backbone.pt", "meta.json")
+META = "meta.json"
+MODEL_FILES = ("backbone.pt", META)
 _ENTRIES_PER_ROUND = 200
 
 
@@ -33,6 +38,8 @@ class SyncReport:
     """Metric values sent."""
     refused: list[str] = field(default_factory=list)
     """What the store refused, in words."""
+    notes: list[str] = field(default_factory=list)
+    """What works in part only, and how to repair it."""
     error: str | None = None
     """Why the store has not got everything; None if it has."""
     children: list[SyncReport] = field(default_factory=list)
@@ -43,23 +50,29 @@ class SyncReport:
         return self.error is None and all(child.complete for child in self.children)
 
 
-def sync(run_dir: Path, log: Log) -> SyncReport:
+def sync(run_dir: Path, log: Log, tracking_uri: str | None = None) -> SyncReport:
     """Send whatever the store has not acknowledged of a run, its parent and its evaluations.
 
     A run whose process is gone without a final status becomes KILLED.
+
+    Args:
+        tracking_uri: the store from now on; unset: the one the run has been recorded in.
 
     Raises:
         ConfigError: ``run_dir`` is not a run directory.
     """
     run_dir = run_dir.resolve()
     record = RunRecord.load(run_dir)
+    uri = resolve_tracking_uri(tracking_uri) if tracking_uri else record.tracking_uri
+    if record.moved_from:
+        log(f"{record.name} was in {record.moved_from} and is in {record.root} now; it is recorded in {uri}")
     try:
-        store = Store(record.tracking_uri)
+        store = Store(uri)
     except StoreError as error:
-        log(f"store {record.tracking_uri} is out of reach: {error}")
+        log(f"store {uri} is out of reach: {error}")
         return SyncReport(record.run_id, record.name, error=str(error))
     except RejectedError as error:
-        log(f"store {record.tracking_uri} refuses: {error}")
+        log(f"store {uri} refuses: {error}")
         return SyncReport(record.run_id, record.name, error=str(error))
     report = _sync_one(run_dir, store, log)
     report.children = [_sync_one(child, store, log) for child in child_runs(run_dir)]
@@ -68,8 +81,11 @@ def sync(run_dir: Path, log: Log) -> SyncReport:
 
 def _sync_one(run_dir: Path, store: Store, log: Log) -> SyncReport:
     record = RunRecord.load(run_dir)
-    if record.is_abandoned():
-        record.status, record.ended = "KILLED", _last_sign_of_life(run_dir)
+    abandoned = record.is_abandoned()
+    if abandoned:
+        record.status, record.ended = "KILLED", _last_sign_of_life(run_dir, record)
+    if abandoned or record.moved_from or record.tracking_uri != store.uri:
+        record.tracking_uri = store.uri
         record.save(run_dir)
     report = SyncReport(record.run_id, record.name)
     try:
@@ -77,14 +93,15 @@ def _sync_one(run_dir: Path, store: Store, log: Log) -> SyncReport:
     except (StoreError, RejectedError) as error:
         report.error = str(error)
     log(f"{record.name}: " + (report.error or f"complete, {report.points} values sent"))
+    for remark in report.notes:
+        log(f"{record.name}: {remark}")
     for refusal in report.refused:
         log(f"{record.name}: the store refused {refusal}")
     return report
 
 
-def _last_sign_of_life(run_dir: Path) -> float:
-    journal = run_dir / JOURNAL
-    return (journal if journal.exists() else run_dir / RunRecord.file_name()).stat().st_mtime
+def _last_sign_of_life(run_dir: Path, record: RunRecord) -> float:
+    return max((entry.time for entry in Journal(run_dir / JOURNAL).entries()), default=record.started)
 
 
 def child_runs(run_dir: Path) -> list[Path]:
@@ -92,9 +109,12 @@ def child_runs(run_dir: Path) -> list[Path]:
     root = Path(RunRecord.load(run_dir).root)
     found = []
     for path in run_directories(root):
-        record = RunRecord.load(path)
+        try:
+            record = RunRecord.load(path)
+        except ConfigError:  # the damaged record of another run
+            continue
         if record.parent is not None and Path(record.parent["run_dir"]).resolve() == run_dir.resolve():
-            found.append((record.started, path))
+            found.append((record.order or record.started, path))
     return [path for _, path in sorted(found)]
 
 
@@ -122,6 +142,7 @@ class Push:
         """Send all that is missing."""
         with edit_sync_state(self.run_dir) as state:
             self.state = state
+            self._recognise()
             run_id = self._run()
             self._reopen(run_id)
             self._optional("parameters", lambda: self._params(run_id))
@@ -133,17 +154,6 @@ class Push:
                 self._optional("files", lambda: self._files(run_id))
                 self._close(run_id)
 
-    def settle(self) -> None:
-        """Repeat the round of points that a killed process may have sent without noting it.
-
-        MLflow keeps a point that it gets twice only once. Once the journal is cut back and its points are written
-        anew, they have other times, and the store would keep both.
-        """
-        with edit_sync_state(self.run_dir) as state:
-            self.state = state
-            if state.store_run_id is not None:
-                self._send_points(state.store_run_id)
-
     def _optional(self, what: str, send: Callable[[], None]) -> None:
         """What the store refuses must not hold up the rest."""
         try:
@@ -151,11 +161,29 @@ class Push:
         except RejectedError as error:
             self.report.refused.append(f"{what}: {error}")
 
+    def _recognise(self) -> None:
+        """Find out whether this store is the one that the state is about.
+
+        It may be under another address, as after a move, or be another one that has yet to get everything.
+        """
+        state, uri = self.state, self.store.uri
+        if state.uri == uri:
+            return
+        place = self.store.artifact_uri(state.store_run_id) if state.store_run_id else None
+        if place is None:
+            state.forget()
+        state.uri, state.artifact_uri = uri, place
+        folder = local_path(place)
+        # Where the files were before: a link at that place is for the user to make.
+        state.linked = folder is not None and folder.resolve() != self.run_dir.resolve()
+        state.save(self.run_dir)
+
     def _run(self) -> str:
         if self.state.store_run_id is None:
             self._create_run()
         if not self.state.linked:
             self._link()
+        self._check_link()
         return self.state.store_run_id or ""
 
     def _create_run(self) -> None:
@@ -178,16 +206,40 @@ class Push:
         return {"mlflow.parentRunId": SyncState.load(parent_dir).store_run_id or ""}
 
     def _link(self) -> None:
-        """Make the store's artifact folder lead to the run directory, if it is on this machine."""
+        """Make the store's artifact folder lead to the run directory, if it is on this machine.
+
+        Only the store says where that is: ``sync.json`` may come from somebody else.
+        """
+        if local_path(self.state.artifact_uri) is None:
+            return
+        self.state.artifact_uri = self.store.artifact_uri(self.state.store_run_id or "")
         folder = local_path(self.state.artifact_uri)
         if folder is None:
             return
         if folder.resolve() != self.run_dir.resolve():
-            folder.parent.mkdir(parents=True, exist_ok=True)
-            with suppress(OSError):
-                folder.rmdir()  # MLflow may have made an empty one
-            folder.symlink_to(os.path.relpath(self.run_dir.resolve(), folder.parent.resolve()))
+            with suppress(OSError):  # told below
+                folder.parent.mkdir(parents=True, exist_ok=True)
+                with suppress(OSError):
+                    folder.rmdir()  # MLflow may have made an empty one
+                folder.symlink_to(os.path.relpath(self.run_dir.resolve(), folder.parent.resolve()))
         self.state.linked = True
+
+    def _check_link(self) -> None:
+        """Say so if MLflow looks for the files where they are not."""
+        folder = local_path(self.state.artifact_uri) if self.state.linked else None
+        if folder is None or folder.resolve() == self.run_dir:
+            return
+        old, new = self._moved_folder(folder)
+        repair = f"ln -s {shlex.quote(str(new))} {shlex.quote(str(old))}"
+        if os.path.lexists(old):
+            repair = f"if what is there is a copy that nobody needs, remove it; then {repair}"
+        self.report.notes.append(f"MLflow looks for its files in {folder}; to see them there: {repair}")
+
+    def _moved_folder(self, folder: Path) -> tuple[Path, Path]:
+        """What a link has to stand in for: the whole folder of runs if it is gone, else this run's."""
+        old, new = folder.parent.parent.parent, self.run_dir.parent.parent.parent
+        same_below = folder.parts[-3:] == self.run_dir.parts[-3:] and folder.name == "artifacts"
+        return (old, new) if same_below and not os.path.lexists(old) else (folder, self.run_dir)
 
     def _reopen(self, run_id: str) -> None:
         if self.record.status == "RUNNING" and self.state.status not in (None, "RUNNING"):
@@ -206,8 +258,20 @@ class Push:
             self.state.datasets += 1
 
     def _metrics(self, run_id: str) -> None:
+        self._resolve_doubts(run_id)
         while self._send_points(run_id):
             pass
+
+    def _resolve_doubts(self, run_id: str) -> None:
+        """Ask for the points of a round that a killed process had begun, before they were written anew.
+
+        MLflow keeps a point that it gets twice only once, but the new ones have other times: it would keep both.
+        """
+        for key, step in list(self.state.doubtful.items()):
+            last = self.store.last_step(run_id, key)
+            if last is not None:
+                self.state.resent[key] = max(min(last, step), self.state.resent.get(key, -1))
+            del self.state.doubtful[key]
 
     def _send_points(self, run_id: str) -> bool:
         """One round; False if there was nothing left."""
@@ -215,6 +279,8 @@ class Push:
         entries = list(islice(journal.entries(self.state.offset), _ENTRIES_PER_ROUND))
         if not entries:
             return False
+        self.state.sending = entries[-1].end
+        self.state.save(self.run_dir)
         points = [point for entry in entries for point in self._points(entry)]
         self.store.log_points(run_id, points)
         self.report.points += len(points)
@@ -233,30 +299,52 @@ class Push:
         return next((models[path] for path in reversed(self.record.checkpoints) if path in models), None)
 
     def _models(self, run_id: str) -> None:
+        self._finish_creation()
         for path in [path for path in self.state.models if path not in self.record.checkpoints]:
             self._delete_model(path)
-        for path, meta in self.record.checkpoints.items():
-            if path not in self.state.models and (self.run_dir / path).exists():
-                self._create_model(run_id, path, meta)
+        for path in self.record.checkpoints:
+            if path not in self.state.models and (self.run_dir / path / META).is_file():
+                self._create_model(run_id, path)
         if self.record.parent is not None and self.state.used_model is None:
             self._use_parent_model(run_id)
 
-    def _create_model(self, run_id: str, path: str, meta: dict[str, object]) -> None:
-        step = int(str(meta.get("step", 0)))
+    def _finish_creation(self) -> None:
+        """Know the LoggedModel of a checkpoint that was deleted while the store's answer was awaited."""
+        path = self.state.creating
+        if path is not None and path not in self.record.checkpoints:
+            found = self.store.find_model(self.state.experiment_id or "", self._origin(path))
+            if found is not None:
+                self.state.models[path] = found[0]
+            self.state.creating = None
+
+    def _origin(self, path: str) -> str:
+        plain = re.sub(r"[^\w./-]", "_", path)
+        return f"{self.record.run_id}:{plain}"
+
+    def _create_model(self, run_id: str, path: str) -> None:
+        try:
+            meta = self.record.checkpoints[path] | read_json(self.run_dir / path / META)
+            step = int(meta.get("step", 0))
+        except (OSError, ValueError, TypeError) as error:
+            self.report.notes.append(f"checkpoint {path} is not in MLflow: {META} cannot be read ({error})")
+            return
         params = {key: str(value) for key, value in meta.items() if isinstance(value, str | int | float)}
         params |= {
             key: self.record.tags[f"sslbench.{key}"]
             for key in ("method", "dataset", "seed")
             if f"sslbench.{key}" in self.record.tags
         }
-        tags = {"sslbench.checkpoint": str(self.run_dir / path), "sslbench.run": self.record.name}
+        origin = self._origin(path)
+        tags = {"sslbench.checkpoint": str(self.run_dir / path), "sslbench.run": self.record.name, ORIGIN: origin}
         name = f"{self._short_name()}-step{step}"
-        model_id, location = self.store.create_model(
-            self.state.experiment_id or "", run_id, name, step, params, tags
-        )
-        self.state.models[path] = model_id
+        experiment_id = self.state.experiment_id or ""
+        begun = self.store.find_model(experiment_id, origin) if self.state.creating == path else None
+        self.state.creating = path
+        self.state.save(self.run_dir)
+        model_id, location = begun or self.store.create_model(experiment_id, run_id, name, step, params, tags)
         self._model_files(model_id, location, self.run_dir / path)
         self.store.finalize_model(model_id)
+        self.state.models[path], self.state.creating = model_id, None
 
     def _short_name(self) -> str:
         """Method and seed: lists of models cut names after 20 letters."""
@@ -307,7 +395,9 @@ class Push:
 
     def _files_to_upload(self) -> list[Path]:
         results = sorted((self.run_dir / "evals").rglob("*.json"))
-        return [self.run_dir / name for name in SMALL_FILES if (self.run_dir / name).exists()] + results
+        files = [self.run_dir / name for name in SMALL_FILES if (self.run_dir / name).exists()] + results
+        # A link in somebody else's run directory may lead to anything of ours.
+        return [file for file in files if file.resolve().is_relative_to(self.run_dir.resolve())]
 
     def _close(self, run_id: str) -> None:
         if self.state.status != self.record.status:
@@ -317,7 +407,7 @@ class Push:
 
 def experiment_dir(root: Path, experiment: str) -> Path:
     """Folder of an experiment's runs; the artifact location of experiments that sslbench creates."""
-    return root / re.sub(r"[^\w.-]+", "-", experiment)
+    return root / file_name(re.sub(r"[^\w.-]+", "-", experiment))
 
 
 def _same_file(source: Path, target: Path) -> None:

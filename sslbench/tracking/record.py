@@ -5,14 +5,18 @@ from __future__ import annotations
 import fcntl
 import json
 import os
+import re
 import socket
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
-from typing import Any, Literal, Self
+from typing import Any, Literal, Self, get_args
 
-from sslbench.errors import ConfigError, LaunchError
+from sslbench.errors import ConfigError
+from sslbench.tracking.address import resolve_tracking_uri
+from sslbench.tracking.owner import is_gone, own_identity
+from sslbench.untrusted import is_inside, read_json
 
 Kind = Literal["pretrain", "eval", "import"]
 Status = Literal["RUNNING", "FINISHED", "FAILED", "KILLED"]
@@ -41,7 +45,7 @@ class _JsonFile:
     @classmethod
     def load(cls, run_dir: Path) -> Self:
         """Read the file of a run directory; keys of other versions are passed over."""
-        raw = json.loads((run_dir / cls.file_name()).read_text())
+        raw = read_json(run_dir / cls.file_name())
         known = {f.name for f in fields(cls)}
         return cls(**{key: value for key, value in raw.items() if key in known})
 
@@ -51,6 +55,65 @@ class _JsonFile:
 
     def save(self, run_dir: Path) -> None:
         write_json(run_dir / self.file_name(), asdict(self))
+
+
+_TEXTS = ("run_id", "name", "experiment", "root", "tracking_uri", "command", "host", "process")
+_MAPPINGS = ("params", "tags")
+
+
+def record_problem(raw: Mapping[str, Any]) -> str | None:
+    """What is wrong with the content of a ``run.json``; None if the rest of the program can rely on it."""
+    for key in _TEXTS:
+        if not isinstance(raw.get(key, ""), str):
+            return f"{key} is no text"
+    for key in _MAPPINGS:
+        if not _is_texts(raw.get(key, {})):
+            return f"{key} is no mapping of texts"
+    if not re.fullmatch(r"[\w-]{1,64}", raw.get("run_id", "")):
+        return "run_id is none"
+    if raw.get("kind") not in get_args(Kind) or raw.get("status", "RUNNING") not in get_args(Status):
+        return f"kind {raw.get('kind')!r} or status {raw.get('status')!r} is unknown"
+    return _number_problem(raw) or _part_problem(raw)
+
+
+def _is_texts(value: Any) -> bool:
+    return isinstance(value, dict) and all(isinstance(item, str) for item in value.values())
+
+
+def _number_problem(raw: Mapping[str, Any]) -> str | None:
+    for key in ("started", "order", "pid", "ended"):
+        value = raw.get(key, 0)
+        if not (isinstance(value, int | float) or (key == "ended" and value is None)) or value != value:
+            return f"{key} is no number"
+    return None
+
+
+def _part_problem(raw: Mapping[str, Any]) -> str | None:
+    parent, datasets, checkpoints = (raw.get(key) for key in ("parent", "datasets", "checkpoints"))
+    if parent is not None and not (_is_texts(parent) and {"run_id", "run_dir"} <= set(parent)):
+        return "parent is no run"
+    if not isinstance(datasets or [], list) or not all(
+        _is_texts(item) and {"name", "digest", "context"} <= set(item) for item in datasets or []
+    ):
+        return "datasets is no list of data sets"
+    if not all(isinstance(meta, dict) for meta in (checkpoints or {"": {}}).values()):
+        return "checkpoints is no mapping"
+    return None
+
+
+def folder_of_runs(run_dir: Path) -> Path:
+    """The folder that a run directory lies in: ``<root>/<experiment>/<run id>/artifacts``, or moved on its own."""
+    return run_dir.parents[2] if run_dir.name == "artifacts" and len(run_dir.parents) > 2 else run_dir.parent
+
+
+def _moved_parent(parent: dict[str, str], old_root: Path, root: Path) -> dict[str, str] | None:
+    """The pretrained model of an evaluation, if it was moved along."""
+    try:
+        run_dir = (root / Path(parent["run_dir"]).relative_to(old_root.resolve())).resolve()
+    except ValueError:
+        return None
+    known = run_dir.is_relative_to(root) and (run_dir / RunRecord.file_name()).is_file()
+    return {"run_id": parent["run_id"], "run_dir": str(run_dir)} if known else None
 
 
 @dataclass
@@ -69,26 +132,39 @@ class RunRecord(_JsonFile):
     tags: dict[str, str] = field(default_factory=dict)
     status: Status = "RUNNING"
     started: float = 0.0
+    order: float = 0.0
+    """When it started, or just behind the run before it, if the clock has been set back since then."""
     ended: float | None = None
     host: str = field(default_factory=socket.gethostname)
     pid: int = field(default_factory=os.getpid)
+    process: str = field(default_factory=own_identity)
+    """Tells the process from later ones with the same number."""
     datasets: list[dict[str, str]] = field(default_factory=list)
     checkpoints: dict[str, dict[str, Any]] = field(default_factory=dict)
-    """Path inside the run directory -> meta of the kept checkpoints, oldest first."""
+    """Path inside the run directory -> step of the kept checkpoints, oldest first."""
+    moved_from: str | None = None
+    """The folder of runs that the record names, if the run lies in another one now. Never saved."""
 
     @classmethod
     def file_name(cls) -> str:
         return "run.json"
 
+    def save(self, run_dir: Path) -> None:
+        write_json(run_dir / self.file_name(), asdict(self) | {"moved_from": None})
+
     @classmethod
     def load(cls, run_dir: Path) -> RunRecord:
         """Read ``run.json``.
+
+        A run that was moved, or that comes from somebody else, writes nowhere but below the folder it lies in now,
+        and talks to the store of this command, not to the one it names.
 
         Raises:
             ConfigError: the folder is not a run directory, or its record is damaged.
         """
         try:
-            return super().load(run_dir)
+            record = super().load(run_dir)
+            record._check()
         except FileNotFoundError:
             raise ConfigError(
                 f"{run_dir} is not a run directory: it has no run.json",
@@ -96,24 +172,41 @@ class RunRecord(_JsonFile):
             ) from None
         except (ValueError, TypeError, AttributeError) as error:
             raise ConfigError(f"{run_dir / 'run.json'} is damaged: {error}") from None
+        record._settle_at(run_dir.resolve())
+        return record
+
+    def _check(self) -> None:
+        """The types and letters that the rest relies on.
+
+        Raises:
+            ValueError: naming what is wrong.
+        """
+        problem = record_problem(asdict(self))
+        if problem is not None:
+            raise ValueError(problem)
+        self.checkpoints = {path: meta for path, meta in self.checkpoints.items() if is_inside(path)}
+
+    def _settle_at(self, here: Path) -> None:
+        """Make the record true for the place where it was found."""
+        root = folder_of_runs(here)
+        self.moved_from = None if Path(self.root).resolve() == root else self.root
+        if self.moved_from is None:
+            return
+        self.root, self.tracking_uri = str(root), resolve_tracking_uri(None)
+        if self.parent is not None:
+            self.parent = _moved_parent(self.parent, Path(self.moved_from), root)
 
     def is_abandoned(self) -> bool:
         """Whether it says RUNNING although its process on this machine is gone."""
-        if self.status != "RUNNING" or self.host != socket.gethostname():
-            return False
-        try:
-            os.kill(self.pid, 0)
-        except ProcessLookupError:
-            return True
-        except PermissionError:
-            return False
-        return False
+        return self.status == "RUNNING" and is_gone(self.pid, self.host, self.process)
 
 
 @dataclass
 class SyncState(_JsonFile):
     """What the store has acknowledged."""
 
+    uri: str | None = None
+    """Address of the store that all this is about."""
     store_run_id: str | None = None
     experiment_id: str | None = None
     artifact_uri: str | None = None
@@ -121,13 +214,19 @@ class SyncState(_JsonFile):
     """Whether the store's artifact folder is the run directory."""
     offset: int = 0
     """Journal bytes that the store has."""
+    sending: int = 0
+    """Journal bytes that it may have: the end of the last round that was begun."""
     resent: dict[str, int] = field(default_factory=dict)
     """Metric -> last step the store got before the journal was cut back: those points are not sent again."""
+    doubtful: dict[str, int] = field(default_factory=dict)
+    """Metric -> last step of a round that was begun before the journal was cut back: the store has to be asked."""
     params: list[str] = field(default_factory=list)
     tags: dict[str, str] = field(default_factory=dict)
     datasets: int = 0
     models: dict[str, str] = field(default_factory=dict)
     """Checkpoint -> id of its LoggedModel."""
+    creating: str | None = None
+    """The checkpoint whose LoggedModel was begun: the store may have it although its answer was lost."""
     used_model: str | None = None
     """The LoggedModel that this evaluation read."""
     uploaded: dict[str, float] = field(default_factory=dict)
@@ -137,6 +236,12 @@ class SyncState(_JsonFile):
     @classmethod
     def file_name(cls) -> str:
         return "sync.json"
+
+    def forget(self) -> None:
+        """Nothing has been acknowledged: this is about another store now."""
+        fresh = SyncState()
+        for known in fields(self):
+            setattr(self, known.name, getattr(fresh, known.name))
 
     @classmethod
     def load(cls, run_dir: Path) -> SyncState:
@@ -156,35 +261,6 @@ def file_lock(path: Path) -> Iterator[None]:
     with path.open("a") as file:
         fcntl.flock(file, fcntl.LOCK_EX)
         yield
-
-
-class RunLock:
-    """Held by the process that works on a run, so that a second one is refused. Ends with the process.
-
-    Raises:
-        LaunchError: another process holds it.
-    """
-
-    def __init__(self, run_dir: Path) -> None:
-        self._file = (run_dir / ".run.lock").open("a+")
-        try:
-            # Not flock: decoding processes would inherit it and hold on to it when this process is killed.
-            fcntl.lockf(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except (BlockingIOError, PermissionError):
-            self._file.seek(0)
-            owner = self._file.read().strip() or "another process"
-            raise LaunchError(
-                f"{run_dir} is in use by {owner}", hint="wait until it ends, or stop it first; then try again"
-            ) from None
-        except OSError:
-            return  # a file system without locks
-        self._file.truncate(0)
-        self._file.write(f"process {os.getpid()} on {socket.gethostname()}")
-        self._file.flush()
-
-    def release(self) -> None:
-        """Let others work on the run."""
-        self._file.close()
 
 
 @contextmanager

@@ -18,7 +18,8 @@ _FIRST_RETRY_S, _LAST_RETRY_S = 2.0, 60.0
 class Sender:
     """Runs :class:`Push` when there is news. It reads the files, so a slow store costs no memory."""
 
-    def __init__(self, run_dir: Path, uri: str, log: Log, store: Store | None) -> None:
+    def __init__(self, run_dir: Path, uri: str, log: Log, store: Store | None, *, told: bool = False) -> None:
+        """``told``: the user knows already that the store is out of reach."""
         self._run_dir = run_dir
         self._uri = uri
         self._log = log
@@ -26,7 +27,8 @@ class Sender:
         self._news = threading.Event()
         self._stopping = threading.Event()
         self._done = False
-        self._reported = False
+        self._reported = told
+        self._noted: set[str] = set()
         self._thread = threading.Thread(target=self._work, name="sslbench-sender", daemon=True)
         self._thread.start()
 
@@ -64,7 +66,7 @@ class Sender:
 
     def _pass(self) -> bool:
         try:
-            self._store = self._store or connect(self._uri)
+            self._store = self._store or connect(self._uri, patient=True)
             push = Push(self._run_dir, self._store)
             push.everything()
         except (StoreError, RejectedError) as error:
@@ -75,6 +77,10 @@ class Sender:
         except Exception as error:  # noqa: BLE001
             self._report(StoreError(reason(error)))
             return False
+        for note in push.report.notes:
+            if note not in self._noted:
+                self._noted.add(note)
+                self._log(note)
         for refusal in push.report.refused:
             self._log(f"the MLflow store refused {refusal}")
         self._reported = False

@@ -6,13 +6,16 @@ import logging
 import math
 import os
 import re
+import ssl
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
+from http.client import HTTPConnection, HTTPException, HTTPSConnection
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
-from urllib.parse import unquote, urlparse
+from urllib.parse import urlparse
 
+from sslbench.tracking.address import is_server, local_path, sqlite_path
 from sslbench.tracking.record import file_lock
 
 if TYPE_CHECKING:
@@ -21,7 +24,6 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 
-DEFAULT_DATABASE = "mlflow.db"
 _PARAMS_PER_CALL = 100
 # 500 points take 27 ms and 1000 take 146 ms in SQLite (measured), and other writers wait meanwhile.
 _METRICS_PER_CALL = 500
@@ -32,11 +34,13 @@ _KEY_LENGTH = 250
 _DIGEST_LENGTH = 12
 #: Without it the user interface guesses, and opens on pages about language-model agents.
 _EXPERIMENT_TAGS = {"mlflow.experimentKind": "custom_model_development"}
-#: A dead server must cost seconds, not the several minutes of MLflow's own settings.
-_PATIENCE = {
-    "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "0",
-    "MLFLOW_HTTP_REQUEST_TIMEOUT": "5",
-}
+_TIMEOUT = "MLFLOW_HTTP_REQUEST_TIMEOUT"
+#: We try again ourselves, later; a slow server is given the time it takes.
+_PATIENCE = {"MLFLOW_HTTP_REQUEST_MAX_RETRIES": "0", _TIMEOUT: "60"}
+#: Which of these the user has not set.
+_ours: set[str] = set()
+#: Seconds in which a server has to answer while a command waits for it.
+_HASTE_S = 5.0
 
 
 class StoreError(Exception):
@@ -60,30 +64,6 @@ class Point(NamedTuple):
     model_id: str | None = None
 
 
-def resolve_tracking_uri(option: str | None) -> str:
-    """The store to use: the option, ``MLFLOW_TRACKING_URI``, else ``mlflow.db`` in the working directory.
-
-    SQLite paths become absolute, so that a run can be synchronised from any folder.
-    """
-    uri = option or os.environ.get("MLFLOW_TRACKING_URI") or f"sqlite:///{DEFAULT_DATABASE}"
-    database = sqlite_path(uri)
-    return f"sqlite:///{database.absolute()}" if database else uri
-
-
-def sqlite_path(uri: str) -> Path | None:
-    """The file behind a ``sqlite:///`` address, None for any other store."""
-    match = re.fullmatch(r"sqlite:///([^?]+)", uri)
-    return Path(unquote(match[1])) if match else None
-
-
-def local_path(uri: str | None) -> Path | None:
-    """The folder behind an artifact address, None if it is not on this machine."""
-    if uri is None:
-        return None
-    parts = urlparse(uri)
-    return Path(unquote(parts.path)) if parts.scheme in ("", "file") else None
-
-
 #: What drivers say in hundreds of characters.
 _REASONS = {
     r"Connection refused|NewConnectionError": "connection refused",
@@ -103,6 +83,9 @@ def reason(error: BaseException) -> str:
     return known or (text if len(text) <= 200 else f"{text[:197]}...")
 
 
+_UNKNOWN = "RESOURCE_DOES_NOT_EXIST"
+#: Tag of a LoggedModel: run and checkpoint that it stands for.
+ORIGIN = "sslbench.origin"
 _TEMPORARY = {"INTERNAL_ERROR", "TEMPORARILY_UNAVAILABLE", "REQUEST_LIMIT_EXCEEDED", "DEADLINE_EXCEEDED"}
 
 
@@ -122,7 +105,9 @@ def _translated() -> Iterator[None]:
 
 def _connect(uri: str) -> MlflowClient:
     for name, value in _PATIENCE.items():
-        os.environ.setdefault(name, value)
+        if name not in os.environ:
+            os.environ[name] = value
+            _ours.add(name)
     # 60 lines about schema migrations on the first use of a database.
     logging.getLogger("alembic").setLevel(logging.WARNING)
     # It logs every error with its traceback and raises it too; we say what matters of it.
@@ -130,6 +115,24 @@ def _connect(uri: str) -> MlflowClient:
     from mlflow import MlflowClient
 
     return MlflowClient(tracking_uri=uri)
+
+
+def _knock(uri: str, patient: bool) -> None:
+    """Find out whether a server answers at all, whatever it answers, within the time there is."""
+    parts = urlparse(uri)
+    usual = float(_PATIENCE[_TIMEOUT]) if patient else _HASTE_S
+    seconds = usual if _TIMEOUT in _ours else float(os.environ.get(_TIMEOUT) or usual)
+    kind = HTTPSConnection if parts.scheme == "https" else HTTPConnection
+    connection = kind(parts.hostname or "", parts.port, timeout=seconds)
+    try:
+        connection.request("GET", f"{parts.path.rstrip('/')}/health")
+        connection.getresponse()
+    except ssl.SSLError:
+        return  # it is there; its certificate is for MLflow to judge, which may have been told to accept it
+    except HTTPException as error:
+        raise StoreError(reason(error)) from error
+    finally:
+        connection.close()
 
 
 def _create_database(path: Path) -> None:
@@ -142,19 +145,22 @@ def _create_database(path: Path) -> None:
 
 #: Seconds during which a store that failed to open is not tried again by this process.
 _OUTAGE_S = 30.0
-_outages: dict[str, tuple[float, str]] = {}
+_outages: dict[tuple[str, bool], tuple[float, str]] = {}
 
 
-def connect(uri: str) -> Store:
+def connect(uri: str, *, patient: bool = False) -> Store:
     """Open a store in the process that talks to MLflow.
 
     One that failed a moment ago fails at once: evaluations must not wait for it one by one.
+
+    Args:
+        patient: nobody waits, so that a slow server may take its time.
 
     Raises:
         StoreError: it is out of reach.
         RejectedError: it refuses us.
     """
-    failed_at, words = _outages.get(uri, (-math.inf, ""))
+    failed_at, words = _outages.get((uri, patient), (-math.inf, ""))
     if time.monotonic() - failed_at < _OUTAGE_S:
         error = StoreError(words)
         error.repeated = True
@@ -162,9 +168,9 @@ def connect(uri: str) -> Store:
     from sslbench.tracking.process import open_store
 
     try:
-        return open_store(uri)
+        return open_store(uri, patient)
     except StoreError as error:
-        _outages[uri] = (time.monotonic(), str(error))
+        _outages[uri, patient] = (time.monotonic(), str(error))
         raise
 
 
@@ -175,10 +181,12 @@ class Store:
     name when it is complete: one whose migration was killed half-way could never be opened again.
     """
 
-    def __init__(self, uri: str) -> None:
+    def __init__(self, uri: str, *, patient: bool = True) -> None:
         database = sqlite_path(uri)
         lock = file_lock(database.with_name(f".{database.name}.lock")) if database else nullcontext()
         try:
+            if is_server(uri):
+                _knock(uri, patient)
             with lock, _translated():
                 if database and not database.exists():
                     _create_database(database)
@@ -186,7 +194,7 @@ class Store:
                 # Servers are asked lazily; this finds out whether there is one.
                 self._client.search_experiments(max_results=1)
         except OSError as error:
-            raise StoreError(str(error)) from error
+            raise StoreError(reason(error)) from error
         self.uri = uri
 
     def experiment(self, name: str, artifact_location: Path) -> str:
@@ -204,7 +212,7 @@ class Store:
         from mlflow.exceptions import MlflowException
 
         # A server decides itself where artifacts go: our paths may mean nothing on its machine.
-        location = None if urlparse(self.uri).scheme in ("http", "https") else str(artifact_location)
+        location = None if is_server(self.uri) else str(artifact_location)
         try:
             return self._client.get_experiment(self._client.create_experiment(name, location, _EXPERIMENT_TAGS))
         except MlflowException as error:
@@ -230,6 +238,24 @@ class Store:
                 [experiment_id], f"tags.`sslbench.local_id` = '{local_id}'", max_results=1
             )
         return (runs[0].info.run_id, runs[0].info.artifact_uri) if runs else None
+
+    def artifact_uri(self, run_id: str) -> str | None:
+        """Where the store says that a run's artifacts are; None if it does not know the run."""
+        from mlflow.exceptions import MlflowException
+
+        with _translated():
+            try:
+                return str(self._client.get_run(run_id).info.artifact_uri)
+            except MlflowException as error:
+                if error.error_code == _UNKNOWN:
+                    return None
+                raise
+
+    def last_step(self, run_id: str, key: str) -> int | None:
+        """The last step that the store has of a metric."""
+        with _translated():
+            points = self._client.get_metric_history(run_id, _clean_key(key))
+        return max((point.step for point in points), default=None)
 
     def log_params(self, run_id: str, params: Mapping[str, str]) -> None:
         """Log parameters, cut to what MLflow stores."""
@@ -307,6 +333,14 @@ class Store:
             self._client.log_outputs(run_id, [LoggedModelOutput(model.model_id, step)])
         return model.model_id, model.artifact_location
 
+    def find_model(self, experiment_id: str, origin: str) -> tuple[str, str] | None:
+        """The LoggedModel that was created for a checkpoint, if an earlier attempt got that far."""
+        with _translated():
+            found = self._client.search_logged_models(
+                [experiment_id], f"tags.`{ORIGIN}` = '{origin}'", max_results=1
+            )
+        return (found[0].model_id, found[0].artifact_location) if found else None
+
     def finalize_model(self, model_id: str) -> None:
         """Mark a model as complete."""
         from mlflow.entities import LoggedModelStatus
@@ -316,9 +350,16 @@ class Store:
 
     def delete_model(self, model_id: str) -> Path | None:
         """Delete a model's entry; returns its artifact folder if that is on this machine."""
+        from mlflow.exceptions import MlflowException
+
         with _translated():
-            location = self._client.get_logged_model(model_id).artifact_location
-            self._client.delete_logged_model(model_id)
+            try:
+                location = self._client.get_logged_model(model_id).artifact_location
+                self._client.delete_logged_model(model_id)
+            except MlflowException as error:
+                if error.error_code == _UNKNOWN:  # deleted, and the answer was lost
+                    return None
+                raise
         return local_path(location)
 
     def use_model(self, run_id: str, model_id: str) -> None:
@@ -371,7 +412,7 @@ def check_store(uri: str) -> str | None:
         usable = os.access(database.parent, os.W_OK)
         return None if usable else f"{database.parent} is not a folder that can be written"
     try:
-        Store(uri)
+        Store(uri, patient=False)
     except (StoreError, RejectedError) as error:
         return f"{uri}: {error}"
     return None

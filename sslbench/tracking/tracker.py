@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import shlex
-import time
+import socket
 import traceback
 import uuid
 from collections.abc import Iterator, Mapping
@@ -15,14 +15,17 @@ from typing import Any, Literal
 import yaml
 
 from sslbench.errors import ExitCode, PreemptedError
+from sslbench.tracking.address import resolve_tracking_uri
+from sslbench.tracking.clock import now
 from sslbench.tracking.environment import command_line, environment, git_commit, user_name
 from sslbench.tracking.journal import Journal
-from sslbench.tracking.push import JOURNAL, Push, experiment_dir
+from sslbench.tracking.order import place_behind
+from sslbench.tracking.owner import RunLock, own_identity
+from sslbench.tracking.push import JOURNAL, experiment_dir
 from sslbench.tracking.record import (
     Kind,
     Log,
     ParentRef,
-    RunLock,
     RunRecord,
     SyncState,
     edit_sync_state,
@@ -30,7 +33,8 @@ from sslbench.tracking.record import (
     write_json,
 )
 from sslbench.tracking.sender import Sender
-from sslbench.tracking.store import RejectedError, Store, StoreError, connect, resolve_tracking_uri
+from sslbench.tracking.store import RejectedError, Store, StoreError, connect
+from sslbench.untrusted import file_name
 
 _FLUSH_LIMIT_S = 10.0
 
@@ -42,13 +46,15 @@ class Tracker:
     acknowledged when the run ends is sent by :func:`sslbench.tracking.sync`.
     """
 
-    def __init__(self, run_dir: Path, record: RunRecord, log: Log, store: Store | None) -> None:
+    def __init__(
+        self, run_dir: Path, record: RunRecord, log: Log, store: Store | None, *, told: bool = False
+    ) -> None:
         self.run_dir = run_dir
         self._record = record
         self._lock = RunLock(run_dir)
         self._journal = Journal(run_dir / JOURNAL)
         self._log = log
-        self._sender = Sender(run_dir, record.tracking_uri, log, store)
+        self._sender = Sender(run_dir, record.tracking_uri, log, store, told=told)
 
     @classmethod
     def open(
@@ -78,7 +84,8 @@ class Tracker:
         if resume is not None:
             return cls._resume(resume.resolve(), log)
         root = root.absolute()
-        name = _free_name(root, name)
+        root.mkdir(parents=True, exist_ok=True)
+        name, started = _free_name(root, name), now()
         record = RunRecord(
             run_id=uuid.uuid4().hex,
             name=name,
@@ -90,7 +97,8 @@ class Tracker:
             parent={"run_id": parent.run_id, "run_dir": str(parent.run_dir.resolve())} if parent else None,
             params=flatten(params),
             tags=_all_tags(kind, name, tags),
-            started=time.time(),
+            started=started,
+            order=place_behind(root, started),
         )
         store, state = _announce(record, log)
         run_dir = experiment_dir(root, experiment) / record.run_id / "artifacts"
@@ -99,18 +107,17 @@ class Tracker:
         record.save(run_dir)
         state.save(run_dir)
         _link(root, record, run_dir)
-        return cls(run_dir, record, log, store)
+        return cls(run_dir, record, log, store, told=state.store_run_id is None)
 
     @classmethod
     def _resume(cls, run_dir: Path, log: Log) -> Tracker:
         record = RunRecord.load(run_dir)
-        store = _connect(record.tracking_uri, log)
-        tracker = cls(run_dir, record, log, store)
-        if store is not None:
-            with suppress(StoreError, RejectedError):  # the sender will report it
-                Push(run_dir, store).settle()
+        if record.moved_from:
+            log(f"the run was in {record.moved_from}; from now on it is recorded in {record.tracking_uri}")
+        # The sender connects by itself: nobody needs to wait for the store here.
+        tracker = cls(run_dir, record, log, None)
         record.status, record.ended = "RUNNING", None
-        record.pid, record.host = os.getpid(), os.uname().nodename
+        record.pid, record.host, record.process = os.getpid(), socket.gethostname(), own_identity()
         record.save(run_dir)
         with (run_dir / "command.txt").open("a") as file:
             file.write(_command_text())
@@ -154,7 +161,8 @@ class Tracker:
 
     def checkpoint(self, path: Path, meta: Mapping[str, Any]) -> None:
         """Register a kept checkpoint (a folder with ``backbone.pt`` and ``meta.json``) as a LoggedModel."""
-        self._record.checkpoints[self._relative(path)] = dict(meta)
+        # The rest is in meta.json: with thousands of checkpoints the record would take seconds to write.
+        self._record.checkpoints[self._relative(path)] = {"step": int(meta.get("step", 0))}
         self._save()
 
     def checkpoint_removed(self, path: Path) -> None:
@@ -170,7 +178,11 @@ class Tracker:
             for entry in sent:
                 if entry.step > step:
                     state.resent |= {key: max(entry.step, state.resent.get(key, -1)) for key in entry.metrics}
+            for entry in entries:
+                if state.offset < entry.end <= state.sending and entry.step > step:
+                    state.doubtful |= {key: max(entry.step, state.doubtful.get(key, -1)) for key in entry.metrics}
             state.offset = max((entry.end for entry in sent if entry.step <= step), default=0)
+            state.sending = 0
             state.save(self.run_dir)  # before the cut: nobody could tell afterwards what the store has
             self._journal.truncate_after(step)
             state.offset = min(state.offset, self._journal.size())
@@ -182,15 +194,12 @@ class Tracker:
         if error is not None:
             with suppress(OSError):  # a full disk: the status below may still fit
                 write_json(self.run_dir / "error.json", error)
-        self._record.status, self._record.ended = status, time.time()
+        self._record.status, self._record.ended = status, max(now(), self._journal.last_time())
         self._save()
         self._sender.stop(_FLUSH_LIMIT_S)
         self._lock.release()
         if not self.synced:
-            self._log(
-                f"MLflow store {self._record.tracking_uri} has not got all of this run; nothing is lost. "
-                f"Complete it with: sslbench sync {shlex.quote(str(self.run_dir))}"
-            )
+            self._log(_incomplete(self._record.tracking_uri, self.run_dir))
 
     @contextmanager
     def closing(self) -> Iterator[None]:
@@ -232,8 +241,11 @@ def headline(run_dir: Path, metrics: Mapping[str, float], *, log: Log, step: int
     }
     if any(known.get((key, step)) != value for key, value in metrics.items()):
         journal.append(step, metrics, headline=True)
-    sender = Sender(run_dir, RunRecord.load(run_dir).tracking_uri, log, None)
+    uri = RunRecord.load(run_dir).tracking_uri
+    sender = Sender(run_dir, uri, log, None)
     sender.stop(_FLUSH_LIMIT_S)
+    if not sender.idle():
+        log(_incomplete(uri, run_dir))
 
 
 def describe_experiment(run_dir: Path, text: str, *, log: Log) -> None:
@@ -258,12 +270,13 @@ def _announce(record: RunRecord, log: Log) -> tuple[Store | None, SyncState]:
         location = experiment_dir(Path(record.root), record.experiment)
         state.experiment_id = store.experiment(record.experiment, location)
         parent_tag = _parent_tag(record)
-        run_id, uri = store.create_run(state.experiment_id, record.name, record.tags | parent_tag, record.started)
+        tags = record.tags | parent_tag | {"sslbench.local_id": record.run_id}
+        run_id, uri = store.create_run(state.experiment_id, record.name, tags, record.started)
     except (StoreError, RejectedError) as error:
         log(_out_of_reach(record.tracking_uri, error))
         return store, SyncState()
     record.run_id = state.store_run_id = run_id
-    state.artifact_uri = uri
+    state.uri, state.artifact_uri = record.tracking_uri, uri
     state.tags = dict(record.tags)
     return store, state
 
@@ -280,6 +293,13 @@ def _connect(uri: str, log: Log) -> Store | None:
         if not getattr(error, "repeated", False):
             log(_out_of_reach(uri, error))
         return None
+
+
+def _incomplete(uri: str, run_dir: Path) -> str:
+    return (
+        f"MLflow store {uri} has not got all of this run; nothing is lost. "
+        f"Complete it with: sslbench sync {shlex.quote(str(run_dir))}"
+    )
 
 
 def _out_of_reach(uri: str, error: Exception) -> str:
@@ -345,6 +365,6 @@ def _link(root: Path, record: RunRecord, run_dir: Path) -> None:
 
 def _free_name(root: Path, name: str) -> str:
     """The name, with a number if a run or a folder has it already: a name stands for one run."""
-    safe = name.replace("/", "-")
+    safe = file_name(name)
     taken = (safe, *(f"{safe}-{number}" for number in range(2, 10_000)))
     return next(candidate for candidate in taken if not os.path.lexists(root / candidate))
