@@ -17,14 +17,14 @@ from typing import IO, TypeVar
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from PIL import Image, UnidentifiedImageError
+from PIL import Image, UnidentifiedImageError, features
 from torch import Tensor
 
 from sslbench.data.paths import PathTable
 from sslbench.errors import DataError
 
 _TORCHVISION = frozenset({".jpg", ".jpeg", ".png", ".webp"})
-_FORMATS = ("JPEG", "MPO", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM")
+_FORMATS = ("JPEG", "PNG", "PPM", "BMP", "GIF", "TIFF", *(["WEBP"] if features.check("webp") else []))
 """What Pillow may take a file for: among its others is EPS, for which it starts a PostScript interpreter."""
 _MOST_PIXELS = 178_956_970
 """From here on Pillow refuses too: a file of a few kilobytes can be a picture of many gigabytes."""

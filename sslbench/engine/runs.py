@@ -5,8 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from sslbench.engine.records import record_problem
 from sslbench.errors import CheckpointError, did_you_mean
-from sslbench.tracking.record import record_problem
 from sslbench.untrusted import read_json
 
 RUN_FILE = "run.json"

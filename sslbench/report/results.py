@@ -12,7 +12,6 @@ from typing import Any, Literal
 
 from sslbench.engine.runs import RUN_FILE, find_run, pretrained_runs, read_record, when
 from sslbench.errors import CheckpointError
-from sslbench.tracking import RunRecord
 from sslbench.untrusted import read_json
 
 RESULT = "result.json"
@@ -117,6 +116,8 @@ def _record(run_dir: Path) -> dict[str, Any]:
 
 def run_status(record: Mapping[str, Any], run_dir: Path) -> str:
     """A process that was killed could not note its end."""
+    from sslbench.tracking import RunRecord  # listing runs is quicker without
+
     status = str(record.get("status", ""))
     return "KILLED" if status == "RUNNING" and RunRecord.load(run_dir).is_abandoned() else status
 

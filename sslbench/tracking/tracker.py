@@ -14,6 +14,7 @@ from typing import Any, Literal
 
 import yaml
 
+from sslbench.engine.records import Kind
 from sslbench.errors import ExitCode, PreemptedError
 from sslbench.tracking.address import resolve_tracking_uri
 from sslbench.tracking.clock import now
@@ -23,7 +24,6 @@ from sslbench.tracking.order import place_behind
 from sslbench.tracking.owner import RunLock, own_identity
 from sslbench.tracking.push import JOURNAL, experiment_dir
 from sslbench.tracking.record import (
-    Kind,
     Log,
     ParentRef,
     RunRecord,
