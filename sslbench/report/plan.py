@@ -8,7 +8,6 @@ from typing import Any
 
 from rich import box
 from rich.console import Console
-from rich.markup import escape
 from rich.table import Table
 
 from sslbench.planning.prediction import Prediction, image_bytes, uncertainty, uses_half
@@ -50,11 +49,11 @@ def print_plan(plan: Plan, *, explain: bool, as_json: bool) -> None:
         print_json(to_json(plan))
         return
     console = out()
-    console.print(escape(_title(plan)))
+    console.print(_title(plan))
     console.print(_overview(plan))
     for prediction in plan.predictions:
         console.print(f"{prediction.cluster.devices} x {prediction.cluster.device.name}: {_verdict(prediction)}")
-    console.print(f"\n{escape(_confidence(plan))}")
+    console.print(f"\n{_confidence(plan)}")
     if not explain:
         console.print("Memory, exchange and every assumption: --explain")
         return
@@ -155,9 +154,9 @@ def _cells(prediction: Prediction) -> list[str]:
 
 def _verdict(prediction: Prediction) -> str:
     if prediction.problem:
-        return escape(f"{prediction.problem}. Next: {prediction.advice}")
+        return f"{prediction.problem}. Next: {prediction.advice}"
     share = f", {_share(prediction):.0%} of the step" if prediction.limit != "memory capacity" else ""
-    return escape(f"bound by {prediction.limit}{share}. To change: {prediction.advice}")
+    return f"bound by {prediction.limit}{share}. To change: {prediction.advice}"
 
 
 def _share(prediction: Prediction) -> float:
@@ -179,9 +178,9 @@ def _explain(plan: Plan, console: Console) -> None:
         console.print(_memory_table(counted))
         console.print(_time_table(counted))
         console.print(_exchange_table(counted))
-    console.print("[bold]assumptions[/bold]")
+    console.print("assumptions", style="bold")
     for line in _assumptions(plan):
-        console.print(f"- {escape(line)}")
+        console.print(f"- {line}")
 
 
 def _memory_table(predictions: Sequence[Prediction]) -> Table:
