@@ -285,6 +285,7 @@ class EvalLoader:
         interpolation: ``bilinear`` or ``bicubic``.
         rank, world: this process and how many there are.
         unreadable: takes note of unreadable images; None: none is tolerated.
+        total: how many samples all loaders of the evaluation show; None: those of ``indices``.
     """
 
     def __init__(
@@ -305,12 +306,13 @@ class EvalLoader:
         rank: int = 0,
         world: int = 1,
         unreadable: Unreadable | None = None,
+        total: int | None = None,
     ) -> None:
         self.source = source
         self.device = torch.device(device)
         self.unreadable = unreadable or Unreadable(source, 0, logger.info)
         self._data = data
-        self._total = len(indices)
+        self._total = len(indices) if total is None else total
         share = rank_share(len(indices), rank, world)
         self._parts = torch.split(indices[share.start : share.stop], batch_size)
         self._workers = default_workers() if workers is None else workers

@@ -1,4 +1,4 @@
-"""Frozen features of a split: one pass through the backbone, kept in a content-addressed cache."""
+"""Frozen features of a split: one pass through the backbone."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import hashlib
 import json
 import logging
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -17,20 +17,13 @@ from torch import Tensor
 
 from sslbench import comm
 from sslbench.config.schema import DataOptions
-from sslbench.data.loader import EvalLoader
+from sslbench.data.loader import EvalLoader, rank_share
 from sslbench.data.store import Unreadable
-from sslbench.engine.checkpoint import load_tensors
 from sslbench.engine.layout import faster_layout
-from sslbench.errors import CheckpointError, DataError, write_failure
+from sslbench.errors import DataError, write_failure
 from sslbench.plugin.api import Backbone, Source
 
 logger = logging.getLogger(__name__)
-
-#: Bytes of a cache file from which on its place is told, so that a user can delete it.
-_WORTH_A_LINE = 100_000_000
-
-CACHE_VERSION = 2
-"""Part of every cache key. Bump it when the same inputs may give other features."""
 
 
 @dataclass(frozen=True)
@@ -70,7 +63,113 @@ def json_digest(content: Any) -> str:
     return hashlib.sha256(json.dumps(content, sort_keys=True, default=str).encode()).hexdigest()
 
 
-@torch.no_grad()
+@dataclass(frozen=True)
+class Extractor:
+    """One pass of some samples through a backbone, which is used as it is: the caller puts it into eval mode."""
+
+    backbone: Backbone
+    source: Source
+    indices: Tensor
+    """int64 ``[N]``, samples of ``source``, ascending."""
+    preprocessing: Preprocessing
+    batch_size: int
+    device: torch.device
+    data: DataOptions | None = None
+    """How images are read and how many may be left out because they cannot be; None: inline, none."""
+
+    @property
+    def max_unreadable(self) -> int:
+        """How many images may be left out."""
+        return self.data.max_unreadable if self.data else 0
+
+    def share(self, rank: int, world: int) -> tuple[Tensor, Tensor]:
+        """Features ``[n,D]`` of this rank's share, and int64 ``[n]`` on the CPU: the positions of its samples.
+
+        Raises:
+            DataError: more images are unreadable.
+        """
+        rows = rank_share(len(self.indices), rank, world)
+        # Written where they stay: lists would double the memory.
+        features, found, end = torch.empty(len(rows), self.backbone.dim, device=self.device), [], 0
+        for batch, places in self._batches(torch.arange(rows.start, rows.stop), len(self.indices)):
+            features[end : (end := end + len(batch))] = batch
+            found.append(places)
+        return features[:end], torch.cat(found) if found else torch.empty(0, dtype=torch.int64)
+
+    def shards(
+        self, ranges: Sequence[range], numbers: Sequence[int], total: int
+    ) -> Iterator[tuple[int, Tensor, list[int]]]:
+        """Some shards, ascending, each as soon as it is complete.
+
+        Args:
+            ranges: positions of the samples of every shard.
+            numbers: the shards to compute.
+            total: samples that all ranks compute.
+
+        Yields:
+            The shard's number, its features ``[n,D]`` on the CPU, which are valid until the next one, and the
+            positions of its unreadable images.
+
+        Raises:
+            DataError: more images are unreadable.
+        """
+        if not numbers:
+            return
+        filling = [_Filling(ranges[number], self.backbone.dim, self.device) for number in numbers[:1]]
+        waiting = list(numbers)
+        positions = torch.cat([torch.arange(ranges[n].start, ranges[n].stop) for n in numbers])
+        for batch, places in self._batches(positions, total):
+            while len(places):
+                if int(places[0]) >= filling[0].rows.stop:
+                    yield waiting.pop(0), *filling.pop().done()
+                    filling = [_Filling(ranges[waiting[0]], self.backbone.dim, self.device)]
+                    continue
+                count = int(torch.searchsorted(places, filling[0].rows.stop))
+                filling[0].add(batch[:count], places[:count])
+                batch, places = batch[count:], places[count:]
+        while waiting:
+            yield waiting.pop(0), *filling.pop().done()
+            filling = [_Filling(ranges[number], self.backbone.dim, self.device) for number in waiting[:1]]
+
+    def _batches(self, positions: Tensor, total: int) -> Iterator[tuple[Tensor, Tensor]]:
+        """Features and positions, on the CPU, of the readable ones of some samples."""
+        loader = EvalLoader(
+            self.source,
+            self.indices[positions],
+            **asdict(self.preprocessing),
+            batch_size=self.batch_size,
+            device=self.device,
+            data=self.data,
+            workers=self.data.workers if self.data else 0,
+            channels_last=faster_layout(self.backbone, self.device) == torch.channels_last,
+            unreadable=Unreadable(self.source, self.max_unreadable, logger.info),
+            total=total,
+        )
+        for images, samples in loader:
+            with torch.no_grad(), torch.autocast(self.device.type, enabled=False):
+                features = self.backbone(images).pooled
+            yield features, torch.searchsorted(self.indices, samples.cpu())
+
+
+class _Filling:
+    """A shard that is being computed."""
+
+    def __init__(self, rows: range, dim: int, device: torch.device) -> None:
+        self.rows = rows
+        self._features = torch.zeros(len(rows), dim, device=device)
+        self._found = torch.zeros(len(rows), dtype=torch.bool)
+
+    def add(self, features: Tensor, places: Tensor) -> None:
+        """Rows of these positions."""
+        at = places - self.rows.start
+        self._features[at.to(self._features.device)] = features.float()
+        self._found[at] = True
+
+    def done(self) -> tuple[Tensor, list[int]]:
+        """All rows on the CPU, and the positions of those that never came."""
+        return self._features.cpu(), ((~self._found).nonzero().flatten() + self.rows.start).tolist()
+
+
 def extract(
     backbone: Backbone,
     source: Source,
@@ -83,8 +182,8 @@ def extract(
 ) -> IndexedFeatures:
     """Pooled features of some samples, in fp32, each sample exactly once whatever the number of ranks.
 
-    Every rank must call it; each computes its share and all get the whole. The backbone is used as it is: the
-    caller puts it into eval mode.
+    Every rank must call it; each computes its share and all get the whole, on the device. The backbone is used as
+    it is: the caller puts it into eval mode.
 
     Args:
         indices: int64 ``[N]``, samples of ``source``.
@@ -93,38 +192,11 @@ def extract(
     Raises:
         DataError: more images are unreadable.
     """
-    max_unreadable = data.max_unreadable if data else 0
-    loader = EvalLoader(
-        source,
-        indices,
-        **asdict(preprocessing),
-        batch_size=batch_size,
-        device=device,
-        data=data,
-        workers=data.workers if data else 0,
-        channels_last=faster_layout(backbone, device) == torch.channels_last,
-        rank=comm.rank(),
-        world=comm.world(),
-        unreadable=Unreadable(source, max_unreadable, logger.info),
-    )
-    features, numbers = _pooled(backbone, loader, len(indices), device)
-    found, order = comm.gather(numbers).sort()
-    check_complete(len(indices) - len(found), max_unreadable)
-    rows = comm.gather(features)
-    return IndexedFeatures(rows if comm.world() == 1 else rows[order], found)
-
-
-def _pooled(backbone: Backbone, loader: EvalLoader, most: int, device: torch.device) -> tuple[Tensor, Tensor]:
-    """Features and sample numbers of this rank's share, written where they stay: lists would double the memory."""
-    features = torch.empty(-(-most // comm.world()), backbone.dim, device=device)
-    numbers = torch.empty(len(features), dtype=torch.int64, device=device)
-    end = 0
-    with torch.autocast(device.type, enabled=False):
-        for images, batch_indices in loader:
-            rows = slice(end, end := end + len(images))
-            features[rows] = backbone(images).pooled
-            numbers[rows] = batch_indices
-    return features[:end], numbers[:end]
+    extractor = Extractor(backbone, source, indices, preprocessing, batch_size, device, data)
+    rows, places = extractor.share(comm.rank(), comm.world())
+    found = comm.gather(places)
+    check_complete(len(indices) - len(found), extractor.max_unreadable)
+    return IndexedFeatures(comm.gather(rows), indices[found].to(device))
 
 
 def check_complete(missing: int, allowed: int) -> None:
@@ -138,53 +210,6 @@ def check_complete(missing: int, allowed: int) -> None:
             f"{missing} images of the split cannot be read, {allowed} allowed",
             hint=f"repair or remove the files named above, or skip them: data.max_unreadable={missing}",
         )
-
-
-class FeatureCache:
-    """A folder of feature files, each named by a digest of everything the features depend on.
-
-    Deleting files or the whole folder is always safe.
-    """
-
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
-
-    def path(self, key: Mapping[str, Any]) -> Path:
-        """Where the features of ``key`` are or would be."""
-        return self.folder / f"{json_digest({**key, 'version': CACHE_VERSION})}.pt"
-
-    def load(self, key: Mapping[str, Any]) -> IndexedFeatures | None:
-        """The features stored under ``key``; None if there are none or the file is damaged (which is logged)."""
-        path = self.path(key)
-        if not path.exists():
-            return None
-        try:
-            content = load_tensors(path, mapped=True)
-            if tensor_digest(content["features"]) != content["sha256"]:
-                raise ValueError(f"{path} does not match its checksum")
-            return IndexedFeatures(content["features"], content["indices"])
-        except (CheckpointError, KeyError, TypeError, AttributeError, ValueError) as error:
-            logger.warning("the feature cache is damaged: %s; computing its features again", error)
-            return None
-
-    def store(self, key: Mapping[str, Any], table: IndexedFeatures) -> None:
-        """Write the features so that readers see the whole file or none. A full disk is logged, not raised."""
-        path = self.path(key)
-        features = table.features.cpu()
-        content = {
-            "features": features,
-            "indices": table.indices.cpu(),
-            "sha256": tensor_digest(features),
-            "key": json.dumps(key, default=str),
-        }
-        try:
-            save_atomically(content, path)
-        except OSError as error:
-            logger.warning("features were not cached in %s: %s", self.folder, error)
-        else:
-            size = path.stat().st_size
-            if size >= _WORTH_A_LINE:
-                logger.info("cached %.0f MB of features in %s", size / 1e6, self.folder)
 
 
 def save_atomically(content: Any, path: Path) -> None:

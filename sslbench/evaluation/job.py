@@ -24,17 +24,17 @@ from sslbench.engine.checkpoint import load_tensors
 from sslbench.engine.layout import faster_layout
 from sslbench.errors import CheckpointError, DivergedError, PluginError
 from sslbench.evaluation.features import (
-    FeatureCache,
-    IndexedFeatures,
+    Extractor,
     Preprocessing,
-    extract,
     json_digest,
     save_atomically,
     state_digests,
     tensor_digest,
 )
 from sslbench.evaluation.rules import check_split, check_task
+from sslbench.evaluation.tables import StoredTable, Tables
 from sslbench.plugin.api import Backbone, Batch, Dataset, EvalOptions, EvalProtocol, FeatureTable, Source, ViewSpec
+from sslbench.plugin.rows import FeatureRows, LabelledRows
 from sslbench.rng import derive_seed
 from sslbench.untrusted import file_name
 
@@ -117,14 +117,14 @@ class EvaluationJob:
         self._backbone.requires_grad_(False).eval()
         self._dataset = dataset
         self._data = data
-        self._cache = FeatureCache(cache_dir) if cache_dir else None
+        self._stored = Tables(cache_dir, device, data.features)
         self._log = log
         self._run_child = run_child
         self.unreadable: dict[str, int] = {}
         self.built_on: dict[str, str] = {}
         """Protocols whose files were loaded, and a digest of the options they had."""
         """By split, how many images could not be read and are left out of the results."""
-        self._tables: dict[str, IndexedFeatures] = {}
+        self._tables: dict[str, StoredTable] = {}
         self._loaders: dict[str, TrainLoader] = {}
         self._digests = state_digests(self._backbone)
 
@@ -133,20 +133,29 @@ class EvaluationJob:
         return self._backbone
 
     def features(self, split: str) -> FeatureTable:
-        """Pooled features of the whole split without augmentation, from the cache if possible.
+        """Pooled features of the whole split without augmentation on the device, from the cache if possible.
 
         Raises:
             PluginError: the protocol did not declare the split, or is not ``test`` and wants ``test``.
             DataError: the data set has no such split or no labels.
         """
+        rows = self.rows(split)
+        return FeatureTable(rows.features.whole, rows.labels, rows.indices)
+
+    def rows(self, split: str) -> LabelledRows:
+        """The same features wherever they are: for tables that do not fit into the memory of the device.
+
+        Raises:
+            PluginError, DataError: as :meth:`features`.
+        """
         source, indices = self._open(split)
         table = self._table("test" if split == "test" else "trainval")
         place = indices + self._offset(split)
-        readable = torch.isin(place, table.indices.cpu())
+        readable = table.readable[place]
         self._note_unreadable(split, int((~readable).sum()), len(indices))
-        indices, place = indices[readable], place[readable]
-        features = _rows(table.features, torch.searchsorted(table.indices, place.to(self.device)))
-        return FeatureTable(features, _labels(source)[indices].to(self.device), indices.to(self.device))
+        indices = indices[readable]
+        features = _rows(table.features, place[readable], self.device)
+        return LabelledRows(features, _labels(source)[indices].to(self.device), indices.to(self.device))
 
     def _offset(self, split: str) -> int:
         """Where a split starts in the table of ``trainval``: one pass serves ``train`` and ``val`` too."""
@@ -242,33 +251,22 @@ class EvaluationJob:
         check_split(self._protocol, split)
         return eval_split(self._dataset, split, self._data.val_fraction)
 
-    def _table(self, base: str) -> IndexedFeatures:
+    def _table(self, base: str) -> StoredTable:
         if base not in self._tables:
-            self._tables[base] = self._cached(base)
+            source, indices = eval_split(self._dataset, base, self._data.val_fraction)
+            key = {**self._stamp, "split": base, "precision": "fp32", "device": self.device.type}
+            key |= {"indices": tensor_digest(indices), "torch": torch.__version__}
+            extractor = Extractor(
+                self._backbone,
+                source,
+                indices,
+                self._preprocessing,
+                self._options.batch_size,
+                self.device,
+                self._data,
+            )
+            self._tables[base] = self._stored.get(key, extractor)
         return self._tables[base]
-
-    def _cached(self, base: str) -> IndexedFeatures:
-        """The features of a base split. Rank 0 alone reads and writes the cache."""
-        source, indices = eval_split(self._dataset, base, self._data.val_fraction)
-        key = {**self._stamp, "split": base, "precision": "fp32", "device": self.device.type}
-        key |= {"indices": tensor_digest(indices), "torch": torch.__version__}
-        stored = self._cache.load(key) if self._cache and comm.rank() == 0 else None
-        if stored and len(indices) - len(stored.indices) > self._data.max_unreadable:
-            stored = None  # reading the images again names those that are missing
-        if comm.broadcast_object(stored is not None):
-            return _share(stored, self.device)
-        table = extract(
-            self._backbone,
-            source,
-            indices,
-            self._preprocessing,
-            batch_size=self._options.batch_size,
-            device=self.device,
-            data=self._data,
-        )
-        if self._cache and comm.rank() == 0:
-            self._cache.store(key, table)
-        return table
 
     def _loader(self, split: str, views: Sequence[ViewSpec], batch_size: int) -> TrainLoader:
         key = f"{split}/{batch_size}/{[view.model_dump_json() for view in views]}"
@@ -359,16 +357,8 @@ def _load(path: Path, what: str, hint: str) -> dict[str, Any]:
     return content
 
 
-def _rows(table: Tensor, rows: Tensor) -> Tensor:
-    """Some rows of a table in ascending order; without a copy where they lie side by side."""
+def _rows(table: Tensor, rows: Tensor, device: torch.device) -> FeatureRows:
+    """Some rows of a table in ascending order; those that lie side by side need no list."""
     if len(rows) and int(rows[-1] - rows[0]) + 1 == len(rows):
-        return table[int(rows[0]) : int(rows[-1]) + 1]
-    return table[rows]
-
-
-def _share(table: IndexedFeatures | None, device: torch.device) -> IndexedFeatures:
-    """Rank 0's table on every rank's device."""
-    shape = comm.broadcast_object(table.features.shape if table else None)
-    features = table.features.to(device) if table else torch.empty(shape, device=device)
-    indices = table.indices.to(device) if table else torch.empty(shape[0], dtype=torch.int64, device=device)
-    return IndexedFeatures(comm.broadcast(features), comm.broadcast(indices))
+        return FeatureRows(table[int(rows[0]) : int(rows[-1]) + 1], device)
+    return FeatureRows(table, device, rows)

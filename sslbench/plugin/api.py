@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from sslbench.config.options import Options
 from sslbench.plugin.evaluation import EvalOptions, EvalProtocol, FeatureTable, Job
+from sslbench.plugin.rows import FeatureRows, LabelledRows
 from sslbench.plugin.viewspec import Blur, Jitter, ViewSpec
 from sslbench.rng import Draws
 
@@ -25,10 +26,12 @@ __all__ = [
     "DatasetInfo",
     "EvalOptions",
     "EvalProtocol",
+    "FeatureRows",
     "FeatureTable",
     "Features",
     "Jitter",
     "Job",
+    "LabelledRows",
     "Method",
     "MethodConfig",
     "Options",

@@ -15,6 +15,7 @@ from sslbench.config.options import Options, cosmetic
 
 if TYPE_CHECKING:
     from sslbench.plugin.api import Backbone, Batch
+    from sslbench.plugin.rows import LabelledRows
     from sslbench.plugin.viewspec import ViewSpec
 
 
@@ -47,7 +48,11 @@ class Job(Protocol):
         ...
 
     def features(self, split: str) -> FeatureTable:
-        """Pooled features of the whole split without augmentation, from the cache if possible."""
+        """Pooled features of the whole split without augmentation on the device, from the cache if possible."""
+        ...
+
+    def rows(self, split: str) -> LabelledRows:
+        """The same features wherever they are, to be streamed: for tables larger than the device's memory."""
         ...
 
     def batches(
