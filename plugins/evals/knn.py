@@ -24,6 +24,8 @@ class KnnConfig(EvalOptions):
 class Knn(EvalProtocol):
     """Weighted nearest neighbours: the bank is ``train``, the queries are ``val``. Nothing is trained.
 
+    Ranks share the queries. A bank that is too large to be held passes through the device in chunks.
+
     Source: Wu et al., "Unsupervised Feature Learning via Non-Parametric Instance Discrimination", CVPR 2018,
     section 3.4.
     """
@@ -39,7 +41,7 @@ class Knn(EvalProtocol):
 
     def run(self, job: Job) -> dict[str, float]:
         """Score ``val`` against ``train``; the report holds every k."""
-        bank, queries = job.features("train"), job.features("val")
+        bank, queries = job.rows("train"), job.rows("val")
         size = len(bank.labels)
         ks = tuple(sorted({min(k, size) for k in (self.cfg.k, *self.cfg.ks)}))
         neighbours = Neighbours(bank.features, bank.labels, len(job.classes))

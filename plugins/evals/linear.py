@@ -15,10 +15,11 @@ from torch.nn import functional as F
 
 from sslbench import comm
 from sslbench.config.schema import OptimOptions
+from sslbench.data.loader import rank_share
 from sslbench.engine.schedule import learning_rate
 from sslbench.errors import DivergedError
-from sslbench.evaluation.classifiers import FeatureScaling, LinearHead, Normalize, label_ranks, percent
-from sslbench.plugin.api import EvalOptions, EvalProtocol, FeatureTable, Job, ViewSpec
+from sslbench.evaluation.classifiers import FeatureScaling, Labelled, LinearHead, Normalize, label_ranks, percent
+from sslbench.plugin.api import EvalOptions, EvalProtocol, FeatureRows, Job, LabelledRows, ViewSpec
 from sslbench.plugin.hooks import hookimpl
 
 logger = logging.getLogger(__name__)
@@ -29,8 +30,6 @@ EpochBatches = Callable[[int], Iterator[tuple[Tensor, Tensor]]]
 CURVE_POINTS = 20
 GATHERED = 1 << 18
 """Values that are fetched from the table at once: 1 MB, which stays in a core's cache until it is used."""
-PREPARED = 1 << 26
-"""Values up to which a scaled copy of the table is held, 256 MB."""
 ADAM_BETAS = (0.9, 0.999)
 ADAM_EPSILON = 1e-8
 
@@ -110,6 +109,14 @@ class Heads:
         """``[N,D+1]`` inputs, see :func:`with_ones`, to ``[C,G,N]``."""
         flat = self.weight.flatten(0, 1) @ inputs.T
         return flat.view(*self.weight.shape[:2], len(inputs))
+
+    def of_all_ranks(self, lrs: Tensor) -> Heads:
+        """The trained classifiers of all ranks, whose rates together are ``lrs`` ``[G]``."""
+        self.lrs, self.weight = (
+            lrs,
+            comm.gather(self.weight.transpose(0, 1).contiguous()).transpose(0, 1).contiguous(),
+        )
+        return self
 
     def head(self, g: int, scaling: FeatureScaling) -> LinearHead:
         """One of the classifiers, for features that are scaled like the training inputs."""
@@ -192,6 +199,10 @@ class Score:
     loss: Tensor
     """float64 ``[G]``; infinite for a head that diverged."""
 
+    def of_all_ranks(self) -> Score:
+        """With the heads of the other ranks."""
+        return Score(comm.gather(self.top1), comm.gather(self.top5), comm.gather(self.loss))
+
     def best(self) -> int:
         """The head of the highest top-1; of equals, the one of the lowest loss."""
         order = [(-float(t), float(loss), g) for g, (t, loss) in enumerate(zip(self.top1, self.loss, strict=True))]
@@ -203,11 +214,12 @@ def _cross_entropy(log_p: Tensor, labels: Tensor) -> Tensor:
     return -log_p.gather(0, labels.expand(1, *log_p.shape[1:])).squeeze(0)
 
 
-def score(heads: Heads, scaling: FeatureScaling, table: FeatureTable, chunk: int = 2048) -> Score:
+def score(heads: Heads, scaling: FeatureScaling, table: Labelled, chunk: int = 2048) -> Score:
     """Evaluate all heads on a split."""
     labels = table.labels
     ranks, losses = [], []
-    for rows, wanted in zip(torch.split(table.features, chunk), torch.split(labels, chunk), strict=True):
+    chunks = FeatureRows.of(table.features).chunks(chunk)
+    for rows, wanted in zip(chunks, torch.split(labels, chunk), strict=True):
         log_p = heads.logits(with_ones(scaling(rows))).log_softmax(0)
         ranks.append(label_ranks(log_p.permute(2, 1, 0).contiguous(), wanted))
         losses.append(_cross_entropy(log_p, wanted).double().sum(1))
@@ -237,7 +249,10 @@ class Observer:
 def train(
     heads: Heads, epoch_batches: EpochBatches, steps_per_epoch: int, observer: Observer | None = None
 ) -> None:
-    """Train for ``cfg.epochs`` epochs. Losses are computed in the epochs that the observer looks at."""
+    """Train for ``cfg.epochs`` epochs. Losses are computed in the epochs that the observer looks at.
+
+    Ranks that train other heads wait for each other after each epoch, so that none runs into a time limit.
+    """
     cfg = heads.cfg
     rates = _rates(cfg, steps_per_epoch)
     for epoch in range(cfg.epochs):
@@ -246,6 +261,7 @@ def train(
         factors = rates[epoch * steps_per_epoch : (epoch + 1) * steps_per_epoch]
         for factor, (inputs, labels) in zip(factors, epoch_batches(epoch), strict=True):
             heads.step(inputs, labels, factor, losses)
+        comm.barrier()
         if observer is not None and losses is not None:
             observer.look(epoch, losses / steps_per_epoch, heads)
 
@@ -270,8 +286,9 @@ class Linear(EvalProtocol):
     """The linear evaluation of a frozen backbone.
 
     A grid of classifiers with different learning rates is trained on ``train``; the best on ``val`` is chosen.
-    With ``refit`` the head that is kept (``head.pt``, for protocol ``test``) is trained again on both. Every rank
-    trains the same heads on the gathered features.
+    With ``refit`` the head that is kept (``head.pt``, for protocol ``test``) is trained again on both. Ranks share
+    the grid: each trains its rates on all features, as they come from where the table is. A single head is trained
+    by all of them.
     """
 
     name = "linear"
@@ -291,7 +308,7 @@ class Linear(EvalProtocol):
 
     def run(self, job: Job) -> dict[str, float]:
         """Choose a learning rate, save the head, return how the chosen one did on ``val``."""
-        train_table, val = job.features("train"), job.features("val")
+        train_table, val = job.rows("train"), job.rows("val")
         scaling = FeatureScaling.fit(self.cfg.normalize, train_table.features)
         heads = self._fit(job, "train", train_table, scaling, self.cfg.lrs, self._curves(job, scaling, val))
         found = score(heads, scaling, val)
@@ -309,11 +326,11 @@ class Linear(EvalProtocol):
             "lr": lr,
         }
 
-    def _curves(self, job: Job, scaling: FeatureScaling, val: FeatureTable) -> Observer:
+    def _curves(self, job: Job, scaling: FeatureScaling, val: LabelledRows) -> Observer:
         """Log the best head of the moment, about ``CURVE_POINTS`` times."""
 
         def log(epoch: int, losses: Tensor, heads: Heads) -> None:
-            now = score(heads, scaling, val)
+            now, losses = score(heads, scaling, val).of_all_ranks(), comm.gather(losses)
             g = now.best()
             point = {"val_top1": now.top1[g], "val_loss": now.loss[g], "train_loss": losses[g]}
             job.log(epoch + 1, {key: float(value) for key, value in point.items()} | {"lr": self.cfg.lrs[g]})
@@ -333,7 +350,7 @@ class Linear(EvalProtocol):
     def _save(self, job: Job, heads: Heads, g: int, scaling: FeatureScaling) -> None:
         lr = self.cfg.lrs[g]
         if self.cfg.refit:
-            table = job.features("trainval")
+            table = job.rows("trainval")
             scaling = FeatureScaling.fit(self.cfg.normalize, table.features)
             heads, g = self._fit(job, "trainval", table, scaling, (lr,)), 0
         origin = {"classes": list(job.classes), "lr": lr, "trained_on": "trainval" if self.cfg.refit else "train"}
@@ -343,7 +360,7 @@ class Linear(EvalProtocol):
         self,
         job: Job,
         split: str,
-        table: FeatureTable,
+        table: LabelledRows,
         scaling: FeatureScaling,
         lrs: tuple[float, ...],
         observer: Observer | None = None,
@@ -351,14 +368,16 @@ class Linear(EvalProtocol):
         batch = min(self.cfg.train_batch, len(table.labels))
         scale = batch / self.cfg.lr_per if self.cfg.lr_per else 1.0
         effective = torch.tensor(lrs, device=job.device) * scale
-        heads = Heads(self.cfg, effective, table.features.shape[1], len(job.classes), job.generator("init"))
+        mine = rank_share(len(lrs), comm.rank(), comm.world()) if len(lrs) > 1 else range(1)
+        own = effective[mine.start : mine.stop]
+        heads = Heads(self.cfg, own, table.features.dim, len(job.classes), job.generator("init"))
         if self.cfg.augment == "none":
             batches, steps = resident_batches(job, table, scaling, batch), math.ceil(len(table.labels) / batch)
         else:
             view = ViewSpec(scale=(0.08, 1.0), flip=0.5, interpolation=self.cfg.interpolation)
             batches, steps = _streamed_batches(job, split, scaling, batch, view), len(table.labels) // batch
         train(heads, batches, steps, observer)
-        return heads
+        return heads.of_all_ranks(effective) if len(lrs) > 1 else heads
 
 
 def epoch_order(job: Job, rows: int, epoch: int) -> Tensor:
@@ -366,17 +385,22 @@ def epoch_order(job: Job, rows: int, epoch: int) -> Tensor:
     return torch.randperm(rows, generator=job.generator(f"order/{epoch}"))
 
 
-def resident_batches(job: Job, table: FeatureTable, scaling: FeatureScaling, batch: int) -> EpochBatches:
-    """Shuffled batches of the cached features; the last one may be smaller."""
-    block = batch * max(1, GATHERED // (batch * table.features.shape[1]))
-    scaled = with_ones(scaling(table.features)) if table.features.numel() <= PREPARED else None
+def resident_batches(job: Job, table: Labelled, scaling: FeatureScaling, batch: int) -> EpochBatches:
+    """Shuffled batches of the cached features, read ahead where they are not on the device; the last one may be
+    smaller. Of a table that is held a scaled copy is made, 256 MB at most."""
+    features = FeatureRows.of(table.features)
+    block = batch * max(1, GATHERED // (batch * features.dim))
+    scaled = with_ones(scaling(features.whole)) if features.held else None
+
+    def fetched(picks: tuple[Tensor, ...]) -> Iterator[Tensor]:
+        if scaled is not None:
+            return (torch.index_select(scaled, 0, rows.to(job.device)) for rows in picks)
+        return (with_ones(scaling(rows)) for rows in features.batches(picks))
 
     def epoch_batches(epoch: int) -> Iterator[tuple[Tensor, Tensor]]:
-        order = epoch_order(job, len(table.labels), epoch).to(job.device)
-        for rows in torch.split(order, block):
-            fetched = torch.index_select(table.features if scaled is None else scaled, 0, rows)
-            inputs = with_ones(scaling(fetched)) if scaled is None else fetched
-            labels = torch.index_select(table.labels, 0, rows)
+        picks = torch.split(epoch_order(job, len(features), epoch), block)
+        for rows, inputs in zip(picks, fetched(picks), strict=True):
+            labels = torch.index_select(table.labels, 0, rows.to(job.device))
             yield from zip(torch.split(inputs, batch), torch.split(labels, batch), strict=True)
 
     return epoch_batches

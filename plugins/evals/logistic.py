@@ -8,12 +8,11 @@ from typing import Any
 import torch
 from pydantic import Field
 from torch import Tensor
-from torch.nn import functional as F
 
 from sslbench.evaluation.classifiers import FeatureScaling, LinearHead, Normalize
-from sslbench.evaluation.convex import fit_logistic
+from sslbench.evaluation.convex import Inputs, solve_logistic
 from sslbench.evaluation.heldout import load_head, score_head
-from sslbench.plugin.api import EvalOptions, EvalProtocol, FeatureTable, Job
+from sslbench.plugin.api import EvalOptions, EvalProtocol, Job, LabelledRows
 from sslbench.plugin.hooks import hookimpl
 
 logger = logging.getLogger(__name__)
@@ -39,8 +38,9 @@ class LogisticConfig(EvalOptions):
 class Logistic(EvalProtocol):
     """Multinomial logistic regression by L-BFGS, its L2 strength chosen on ``val``.
 
-    All strengths are solved side by side. With ``refit`` the head that is kept (``head.pt``, for protocol
-    ``test_logistic``) is trained again on ``train`` and ``val``.
+    All strengths are solved side by side; ranks share the rows of the table and add up what they find. With
+    ``refit`` the head that is kept (``head.pt``, for protocol ``test_logistic``) is trained again on ``train`` and
+    ``val``.
 
     Source: Kornblith et al., "Do Better ImageNet Models Transfer Better?", CVPR 2019, section 3 and appendix A.1,
     who search 45 strengths from 1e-6 to 1e5 of a sum over images; also Chen et al., SimCLR, ICML 2020, B.8.
@@ -57,23 +57,21 @@ class Logistic(EvalProtocol):
 
     def run(self, job: Job) -> dict[str, float]:
         """Choose a strength, save the head, return how the chosen one did on ``val``."""
-        heads = self._fit(job, job.features("train"), self.cfg.strengths)
-        found = [score_head(job, head, job.features("val"))[0] for head in heads]
+        heads = self._fit(job, job.rows("train"), self.cfg.strengths)
+        found = [score_head(job, head, job.rows("val"))[0] for head in heads]
         # Of equally accurate heads the one that is surest of what is right.
         g = min(range(len(found)), key=lambda i: (-found[i]["top1"], found[i]["loss"]))
         chosen = self.cfg.strengths[g]
         self._report(job, found, chosen)
-        head = self._fit(job, job.features("trainval"), (chosen,))[0] if self.cfg.refit else heads[g]
+        head = self._fit(job, job.rows("trainval"), (chosen,))[0] if self.cfg.refit else heads[g]
         origin: dict[str, Any] = {"classes": list(job.classes), "strength": chosen}
         job.save("head.pt", {**head.state(), **origin, "trained_on": "trainval" if self.cfg.refit else "train"})
         return {"strength": chosen, **{f"val_{key}": value for key, value in found[g].items()}}
 
-    def _fit(self, job: Job, table: FeatureTable, strengths: tuple[float, ...]) -> list[LinearHead]:
+    def _fit(self, job: Job, table: LabelledRows, strengths: tuple[float, ...]) -> list[LinearHead]:
         scaling = FeatureScaling.fit(self.cfg.normalize, table.features)
-        inputs = F.pad(scaling(table.features), (0, 1), value=1.0)
-        fitted = fit_logistic(
-            inputs,
-            table.labels,
+        fitted = solve_logistic(
+            Inputs(table, scaling),
             len(job.classes),
             torch.tensor(strengths, device=job.device),
             tolerance=self.cfg.tolerance,
@@ -110,7 +108,7 @@ class LogisticTest(EvalProtocol):
 
     def run(self, job: Job) -> dict[str, float]:
         """Score the saved head on every test image exactly once."""
-        metrics, details = score_head(job, load_head(job, "logistic"), job.features("test"))
+        metrics, details = score_head(job, load_head(job, "logistic"), job.rows("test"))
         job.write_report("test_logistic.json", {**metrics, **details})
         return metrics
 

@@ -12,11 +12,13 @@ from pydantic import Field, model_validator
 from torch import Tensor
 from torch.nn import functional as F
 
+from sslbench import comm
+from sslbench.data.loader import rank_share
 from sslbench.errors import DataError
 from sslbench.evaluation.classifiers import FeatureScaling, LinearHead, Normalize
 from sslbench.evaluation.convex import fit_logistic
 from sslbench.evaluation.heldout import load_for_classes
-from sslbench.plugin.api import EvalOptions, EvalProtocol, FeatureTable, Job
+from sslbench.plugin.api import EvalOptions, EvalProtocol, Job, LabelledRows
 from sslbench.plugin.hooks import hookimpl
 
 SHOTS = (1, 2, 4, 8, 16, 32, 64, 96)
@@ -76,25 +78,32 @@ def amounts(cfg: LowShotConfig) -> list[Amount]:
     return by_number + [Amount(f"{p}pct", percent=p) for p in sorted(cfg.percents)]
 
 
+def check_enough(labels: Tensor, classes: int, amount: Amount) -> None:
+    """Refuse amounts that a class does not have.
+
+    Raises:
+        DataError: naming the class.
+    """
+    for label, size in enumerate(torch.bincount(labels, minlength=classes).tolist()):
+        wanted = amount.of(size)
+        if wanted > size or wanted == 0:
+            raise DataError(
+                f"class {label} has {size} training images, {wanted or 1} are wanted",
+                hint="shots=[1,2,4] (with pretrain: evals.lowshot.shots=[1,2,4])",
+            )
+
+
 def draw(labels: Tensor, classes: int, amount: Amount, generator: torch.Generator) -> Tensor:
     """Rows of labelled images ``[N]``, so many of each class, at random.
 
     Raises:
         DataError: a class has too few images.
     """
+    check_enough(labels, classes, amount)
     order = torch.randperm(len(labels), generator=generator)
     shuffled = labels.cpu()[order]
-    chosen = []
-    for label in range(classes):
-        members = order[shuffled == label]
-        wanted = amount.of(len(members))
-        if wanted > len(members) or wanted == 0:
-            raise DataError(
-                f"class {label} has {len(members)} training images, {wanted or 1} are wanted",
-                hint="shots=[1,2,4] (with pretrain: evals.lowshot.shots=[1,2,4])",
-            )
-        chosen.append(members[:wanted])
-    return torch.cat(chosen).to(labels.device)
+    members = (order[shuffled == label] for label in range(classes))
+    return torch.cat([own[: amount.of(len(own))] for own in members]).to(labels.device)
 
 
 class LowShot(EvalProtocol):
@@ -102,6 +111,7 @@ class LowShot(EvalProtocol):
 
     For each number of images the L2 strength with the best mean over draws is taken. All draws' classifiers at it
     are kept (``heads.pt``, for protocol ``test_lowshot``). The headline is the mean over all numbers of images.
+    Ranks share the draws; the labelled images of one draw are on the device together.
 
     Source: numbers of images and five draws as in Goyal et al., "Scaling and Benchmarking Self-Supervised Visual
     Representation Learning", ICCV 2019, section 6.2, who train SVMs and give the best cost on the test images; 1 %
@@ -119,14 +129,18 @@ class LowShot(EvalProtocol):
 
     def run(self, job: Job) -> dict[str, float]:
         """Means and standard deviations over draws on ``val``."""
-        train, val = job.features("train"), job.features("val")
+        train, val = job.rows("train"), job.rows("val")
         scaling = FeatureScaling.fit(self.cfg.normalize, train.features)
         heads: dict[str, Tensor] = {}
         by_amount: dict[str, list[float]] = {}
         chosen: dict[str, float] = {}
         for amount in amounts(self.cfg):
-            weights = torch.stack(list(self._fits(job, train, scaling, amount)))
-            top1 = torch.tensor([[_head(w, scaling).top1(val) for w in draws] for draws in weights])
+            check_enough(train.labels, len(job.classes), amount)
+            fits = list(self._fits(job, train, scaling, amount))
+            scores = [[_head(w, scaling).top1(val) for w in draws] for draws in fits]
+            shape = (len(self.cfg.strengths), len(job.classes), train.features.dim + 1)
+            weights = comm.gather(torch.stack(fits) if fits else torch.empty(0, *shape, device=job.device))
+            top1 = comm.gather(torch.tensor(scores).view(-1, len(self.cfg.strengths)))
             best = int(top1.mean(0).argmax())
             heads[amount.name], by_amount[amount.name] = weights[:, best].clone().cpu(), top1[:, best].tolist()
             chosen[amount.name] = self.cfg.strengths[best]
@@ -134,13 +148,13 @@ class LowShot(EvalProtocol):
         job.write_report("lowshot.json", {"strengths": chosen, "val_top1": by_amount})
         return summary(by_amount)
 
-    def _fits(self, job: Job, table: FeatureTable, scaling: FeatureScaling, amount: Amount) -> Iterator[Tensor]:
-        """For each draw the classifiers of all strengths, ``[G,C,D+1]``."""
-        for number in range(self.cfg.draws):
+    def _fits(self, job: Job, table: LabelledRows, scaling: FeatureScaling, amount: Amount) -> Iterator[Tensor]:
+        """For each of this rank's draws the classifiers of all strengths, ``[G,C,D+1]``."""
+        for number in rank_share(self.cfg.draws, comm.rank(), comm.world()):
             generator = job.generator(f"{amount.name}/{number}")
             rows = draw(table.labels, len(job.classes), amount, generator)
             yield fit_logistic(
-                F.pad(scaling(table.features[rows]), (0, 1), value=1.0),
+                F.pad(scaling(table.features.take(rows.cpu())), (0, 1), value=1.0),
                 table.labels[rows],
                 len(job.classes),
                 torch.tensor(self.cfg.strengths, device=job.device),
@@ -182,7 +196,7 @@ class LowShotTest(EvalProtocol):
         """Means and standard deviations over draws on ``test``."""
         state = load_for_classes(job, "lowshot", "heads.pt")
         scaling = FeatureScaling(state["normalize"], state["mean"].to(job.device), state["std"].to(job.device))
-        test = job.features("test")
+        test = job.rows("test")
         by_amount = {
             name: [_head(weight, scaling).top1(test) for weight in draws.to(job.device)]
             for name, draws in state["heads"].items()

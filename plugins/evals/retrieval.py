@@ -5,7 +5,7 @@ from __future__ import annotations
 from pydantic import Field, PositiveInt
 
 from sslbench.evaluation.ranking import Gallery
-from sslbench.plugin.api import EvalOptions, EvalProtocol, FeatureTable, Job
+from sslbench.plugin.api import EvalOptions, EvalProtocol, Job, LabelledRows
 from sslbench.plugin.hooks import hookimpl
 
 
@@ -17,7 +17,7 @@ class RetrievalConfig(EvalOptions):
 
 
 class Retrieval(EvalProtocol):
-    """Images of ``val`` retrieve those of ``train``. Nothing is trained or chosen.
+    """Images of ``val`` retrieve those of ``train``. Nothing is trained or chosen. Ranks share the queries.
 
     Recall at k is the share of queries with an image of their class among the k nearest (Jegou et al., TPAMI 2011;
     usual in metric learning), mean average precision is over the whole ranked gallery. Patacchiola & Storkey,
@@ -36,9 +36,9 @@ class Retrieval(EvalProtocol):
 
     def run(self, job: Job) -> dict[str, float]:
         """Recall, precision and mean average precision of queries from ``val``."""
-        return self._retrieve(job, job.features("train"), job.features("val"))
+        return self._retrieve(job, job.rows("train"), job.rows("val"))
 
-    def _retrieve(self, job: Job, gallery: FeatureTable, queries: FeatureTable) -> dict[str, float]:
+    def _retrieve(self, job: Job, gallery: LabelledRows, queries: LabelledRows) -> dict[str, float]:
         size = len(gallery.labels)
         ks = tuple(sorted({min(k, size) for k in (*self.cfg.ks, 1, 5, 10)}))
         found = Gallery(gallery.features, gallery.labels).retrieve(queries.features, queries.labels, ks)
@@ -58,7 +58,7 @@ class RetrievalTest(Retrieval):
 
     def run(self, job: Job) -> dict[str, float]:
         """Recall, precision and mean average precision of queries from ``test``."""
-        return self._retrieve(job, job.features("trainval"), job.features("test"))
+        return self._retrieve(job, job.rows("trainval"), job.rows("test"))
 
 
 @hookimpl

@@ -10,12 +10,14 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
+from sslbench import comm
+from sslbench.data.loader import rank_share
 from sslbench.errors import DataError
 from sslbench.evaluation.classifiers import FeatureScaling, LinearHead
 from sslbench.evaluation.convex import fit_svms
 from sslbench.evaluation.heldout import load_head
 from sslbench.evaluation.multilabel import average_precision, class_precisions, shares_of, signs_of, unit_inputs
-from sslbench.plugin.api import EvalOptions, EvalProtocol, FeatureTable, Job
+from sslbench.plugin.api import EvalOptions, EvalProtocol, FeatureRows, Job, LabelledRows
 from sslbench.plugin.hooks import hookimpl
 
 logger = logging.getLogger(__name__)
@@ -53,7 +55,8 @@ class Svm(EvalProtocol):
 
     Source: Goyal et al., "Scaling and Benchmarking Self-Supervised Visual Representation Learning", ICCV 2019,
     section 6.1 and appendix. The machines are those of scikit-learn's ``LinearSVC``, solved by L-BFGS: all costs
-    and folds of a class at once.
+    and folds of a class at once. Ranks share the classes. Memory beyond the features, per rank: some copies of
+    ``4 * max(2^26, costs * folds * N)`` bytes, the weights of a group of machines.
     """
 
     name = "svm"
@@ -68,25 +71,30 @@ class Svm(EvalProtocol):
 
     def run(self, job: Job) -> dict[str, float]:
         """Train on ``train``, judge on ``val``, and save machines trained on both."""
-        head, costs = self._fit(job, job.features("train"))
-        val = job.features("val")
-        precisions = class_precisions(head(val.features), val.labels, self.cfg.difficult == "ignore")
-        head, final = self._fit(job, job.features("trainval"))
+        head, costs = self._fit(job, job.rows("train"))
+        val = job.rows("val")
+        precisions = class_precisions(head.scores(val), val.labels, self.cfg.difficult == "ignore")
+        head, final = self._fit(job, job.rows("trainval"))
         rows = zip(job.classes, precisions, costs, final, strict=True)
         report = [{"class": name, "val_ap": 100 * ap, "cost": c, "final_cost": f} for name, ap, c, f in rows]
         job.write_report("svm.json", {"per_class": report})
         job.save("head.pt", {**head.state(), "classes": list(job.classes), "difficult": self.cfg.difficult})
         return {"val_map": mean_percent(precisions, job)}
 
-    def _fit(self, job: Job, table: FeatureTable) -> tuple[LinearHead, list[float]]:
+    def _fit(self, job: Job, table: LabelledRows) -> tuple[LinearHead, list[float]]:
         """Machines of all classes and the costs that were chosen for them."""
-        inputs, signs = unit_inputs(table.features), signs_of(table.labels)
-        costs = self._choose(job, inputs, signs)
-        weight = self._train(inputs, signs, shares_of(signs), torch.tensor(costs, device=job.device))
-        scaling = FeatureScaling.fit("l2", table.features)
-        return LinearHead(weight[:, :-1].contiguous(), weight[:, -1].contiguous(), scaling), costs
+        rows, signs = table.features, signs_of(table.labels)
+        if len(self.cfg.costs) > 1:
+            check_folds(signs, self.cfg.folds)
+        # All ranks agree that there are enough images; from here on each has its own classes.
+        own = rank_share(len(signs), comm.rank(), comm.world())
+        inputs, signs = unit_inputs(rows.whole) if rows.held else rows, signs[own.start : own.stop]
+        chosen = torch.tensor(self._choose(job, inputs, signs), dtype=torch.float64, device=job.device)
+        weight = comm.gather(self._train(inputs, signs, shares_of(signs), chosen.float()))
+        costs, scaling = comm.gather(chosen), FeatureScaling.fit("l2", rows)
+        return LinearHead(weight[:, :-1].contiguous(), weight[:, -1].contiguous(), scaling), costs.tolist()
 
-    def _choose(self, job: Job, inputs: Tensor, signs: Tensor) -> list[float]:
+    def _choose(self, job: Job, inputs: Tensor | FeatureRows, signs: Tensor) -> list[float]:
         """The cost of each class, ``[C]``: that of the best mean average precision over the folds."""
         if len(self.cfg.costs) == 1:
             return [self.cfg.costs[0]] * len(signs)
@@ -94,7 +102,7 @@ class Svm(EvalProtocol):
         groups = torch.split(signs, max(1, HELD // machines))
         return [cost for group in groups for cost in self._choose_for(job, inputs, group)]
 
-    def _choose_for(self, job: Job, inputs: Tensor, signs: Tensor) -> list[float]:
+    def _choose_for(self, job: Job, inputs: Tensor | FeatureRows, signs: Tensor) -> list[float]:
         """The costs of some classes; their machines for all folds and costs are one computation."""
         folds, grid = self.cfg.folds, torch.tensor(self.cfg.costs, device=job.device)
         fold = torch.stack([stratified_folds(sign, folds) for sign in signs])
@@ -105,13 +113,39 @@ class Svm(EvalProtocol):
         precision = torch.zeros(len(signs), folds, len(grid))
         for c, f in torch.cartesian_prod(torch.arange(len(signs)), torch.arange(folds)).tolist():
             machines = weight.view(*precision.shape, -1)[c, f]
-            seen, positive = inputs[unseen[c, f]], signs[c, unseen[c, f]] > 0
-            found = [average_precision(column, positive, monotone=False) for column in machines @ seen.T]
+            judged = unseen[c, f].nonzero().flatten()
+            scores, positive = _scores(machines, inputs, judged), signs[c, judged] > 0
+            found = [average_precision(column, positive, monotone=False) for column in scores]
             precision[c, f] = torch.tensor(found)
         return [self.cfg.costs[best] for best in precision.mean(1).argmax(1).tolist()]
 
-    def _train(self, inputs: Tensor, signs: Tensor, shares: Tensor, costs: Tensor) -> Tensor:
+    def _train(self, inputs: Tensor | FeatureRows, signs: Tensor, shares: Tensor, costs: Tensor) -> Tensor:
         return fit_svms(inputs, signs, shares, costs, tolerance=self.cfg.tolerance, max_steps=self.cfg.max_steps)
+
+
+def _scores(machines: Tensor, inputs: Tensor | FeatureRows, rows: Tensor) -> Tensor:
+    """``[G,n]`` of machines ``[G,D+1]`` on some images."""
+    if isinstance(inputs, Tensor):
+        return machines @ inputs[rows].T
+    picks = torch.split(rows.cpu(), inputs.chunk)
+    return torch.cat([machines @ unit_inputs(features).T for features in inputs.batches(picks)], 1)
+
+
+def check_folds(signs: Tensor, folds: int) -> None:
+    """Refuse to cross-validate classes that are too small.
+
+    Args:
+        signs: ``[C,N]``.
+
+    Raises:
+        DataError: there are fewer images of a kind than folds.
+    """
+    present = (signs > 0).sum(1)
+    if int(torch.minimum(present, signs.shape[1] - present).min()) < folds:
+        raise DataError(
+            f"a class with fewer than {folds} images cannot be cross-validated in {folds} folds",
+            hint="give one cost: costs=[0.5] (with pretrain: evals.svm.costs=[0.5])",
+        )
 
 
 def stratified_folds(sign: Tensor, folds: int) -> Tensor:
@@ -123,12 +157,8 @@ def stratified_folds(sign: Tensor, folds: int) -> Tensor:
     """
     from sklearn.model_selection import StratifiedKFold
 
+    check_folds(sign[None], folds)
     kinds = (sign > 0).long().cpu()
-    if int(torch.bincount(kinds, minlength=2).min()) < folds:
-        raise DataError(
-            f"a class with fewer than {folds} images cannot be cross-validated in {folds} folds",
-            hint="give one cost: costs=[0.5] (with pretrain: evals.svm.costs=[0.5])",
-        )
     fold = torch.empty(len(sign), dtype=torch.int64)
     for number, (_, rows) in enumerate(StratifiedKFold(folds).split(kinds, kinds)):
         fold[torch.from_numpy(rows)] = number
@@ -160,9 +190,9 @@ class SvmTest(EvalProtocol):
 
     def run(self, job: Job) -> dict[str, float]:
         """Average precision of every class on the test images."""
-        head, test = load_head(job, "svm"), job.features("test")
+        head, test = load_head(job, "svm"), job.rows("test")
         difficult: Any = job.load_from("svm", "head.pt")["difficult"]
-        precisions = class_precisions(head(test.features), test.labels, difficult == "ignore")
+        precisions = class_precisions(head.scores(test), test.labels, difficult == "ignore")
         per_class = {name: 100 * ap for name, ap in zip(job.classes, precisions, strict=True)}
         job.write_report("test_svm.json", {"n": len(test.labels), "per_class": per_class})
         return {"map": mean_percent(precisions, job)}

@@ -6,7 +6,7 @@ from pydantic import Field
 
 from sslbench.evaluation.classifiers import Neighbours, percent
 from sslbench.evaluation.heldout import load_head, score_head
-from sslbench.plugin.api import EvalOptions, EvalProtocol, FeatureTable, Job
+from sslbench.plugin.api import EvalOptions, EvalProtocol, Job, LabelledRows
 from sslbench.plugin.hooks import hookimpl
 
 
@@ -22,7 +22,9 @@ class HeldOutOptions(EvalOptions):
 
 
 class HeldOutTest(EvalProtocol):
-    """How the linear head does on ``test``. It chooses nothing: run it once per model that is reported."""
+    """How the linear head does on ``test``. It chooses nothing: run it once per model that is reported.
+
+    Ranks share the queries of the nearest neighbours."""
 
     name = "test"
     version = 1
@@ -36,15 +38,15 @@ class HeldOutTest(EvalProtocol):
     def run(self, job: Job) -> dict[str, float]:
         """Score the saved head on every test image exactly once."""
         head = load_head(job, "linear")
-        test = job.features("test")
+        test = job.rows("test")
         metrics, details = score_head(job, head, test)
         if self.cfg.knn:
             metrics["knn_top1"] = self._knn(job, test)
         job.write_report("test.json", {**metrics, **details})
         return metrics
 
-    def _knn(self, job: Job, test: FeatureTable) -> float:
-        bank = job.features("trainval")
+    def _knn(self, job: Job, test: LabelledRows) -> float:
+        bank = job.rows("trainval")
         neighbours = Neighbours(bank.features, bank.labels, len(job.classes))
         ranks = neighbours.ranks(test.features, test.labels, (self.cfg.k,), self.cfg.temperature)
         return float(percent(ranks < 1))

@@ -158,9 +158,10 @@ class DataOptions(Options):
     max_unreadable: int = Field(0, ge=0)
     """How many unreadable images are skipped (and named in the log) before the run ends with an error."""
     features: Literal["auto", "device", "host", "mmap"] = cosmetic("auto")
-    """Where evaluations keep the features of all images: in the memory of the device, of the host, or in the files of
-    the feature cache, mapped into memory. `auto`: on an accelerator if they take at most half of its free memory,
-    then on the host by the same rule, else mapped; on a CPU always mapped. Results do not depend on it."""
+    """Where evaluations keep the features of all images: in the memory of the device, of the host, or in the
+    files of the feature cache, mapped into memory. `auto`: on an accelerator if they take at most half of its
+    free memory, then on the host by the same rule, else mapped; on a CPU always mapped. Results do not depend on
+    it."""
     val_fraction: float = Field(0.1, gt=0, lt=1)
     """Share of `train` that evaluations carve off as `val`, class by class, when a data set has none."""
 

@@ -9,8 +9,8 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from sslbench.errors import CheckpointError
-from sslbench.evaluation.classifiers import LinearHead, label_ranks, percent
-from sslbench.plugin.api import FeatureTable, Job
+from sslbench.evaluation.classifiers import Labelled, LinearHead, label_ranks, percent
+from sslbench.plugin.api import FeatureRows, Job
 
 
 def load_head(job: Job, protocol: str) -> LinearHead:
@@ -33,26 +33,28 @@ def load_for_classes(job: Job, protocol: str, name: str) -> dict[str, Any]:
     return state
 
 
-def score_head(job: Job, head: LinearHead, table: FeatureTable) -> tuple[dict[str, float], dict[str, Any]]:
+def score_head(job: Job, head: LinearHead, table: Labelled) -> tuple[dict[str, float], dict[str, Any]]:
     """``top1``, ``top5`` and ``loss`` of a head, and the same by class."""
-    logits = head(table.features)
-    ranks = label_ranks(logits, table.labels)
-    metrics = {
-        "top1": float(percent(ranks < 1)),
-        "top5": float(percent(ranks < 5)),
-        "loss": float(F.cross_entropy(logits.double(), table.labels)),
-    }
-    return metrics, _details(job, logits, table.labels)
+    rows, classes = FeatureRows.of(table.features), len(job.classes)
+    size = max(1, len(rows)) if rows.held else rows.chunk
+    ranks, loss, predicted = [], torch.zeros((), dtype=torch.float64, device=job.device), []
+    for chunk, labels in zip(rows.chunks(size), torch.split(table.labels, size), strict=True):
+        logits = head(chunk)
+        ranks.append(label_ranks(logits, labels))
+        loss += F.cross_entropy(logits.double(), labels) * (len(labels) / len(rows))
+        predicted.append(logits.argmax(1))
+    places = torch.cat(ranks)
+    metrics = {"top1": float(percent(places < 1)), "top5": float(percent(places < 5)), "loss": float(loss)}
+    cells = torch.bincount(table.labels * classes + torch.cat(predicted), minlength=classes * classes)
+    return metrics, _details(job, cells.view(classes, classes))
 
 
-def _details(job: Job, logits: Tensor, labels: Tensor) -> dict[str, Any]:
+def _details(job: Job, cells: Tensor) -> dict[str, Any]:
     """Counts by class; rows of the confusion matrix are true classes, columns predictions."""
-    count = len(job.classes)
-    cells = torch.bincount(labels * count + logits.argmax(1), minlength=count * count).view(count, count)
     support = cells.sum(1)
     accuracy = (cells.diagonal() * 100.0 / support).tolist()
     per_class = {
         name: {"n": n, "top1": value if n else None}
         for name, n, value in zip(job.classes, support.tolist(), accuracy, strict=True)
     }
-    return {"n": len(labels), "per_class": per_class, "confusion": cells.tolist()}
+    return {"n": int(support.sum()), "per_class": per_class, "confusion": cells.tolist()}

@@ -23,11 +23,12 @@ _FAILED = ctypes.c_void_p(-1).value
 def map_files(files: Sequence[tuple[Path, int]], dim: int) -> Tensor:
     """The beginnings of some files as one float32 tensor ``[N,D]``, in memory that the system can take back.
 
-    Python and torch map one file at a time. Here a range of addresses is reserved and each file laid over its part,
-    so a table needs no second copy in one piece. Writing to the tensor would end the process.
+    Python and torch map one file at a time. Here a range of addresses is reserved and each file laid over its
+    part, so a table needs no second copy in one piece. Writing to the tensor would end the process.
 
     Args:
-        files: each with the bytes that are taken from its beginning: multiples of ``GRANULARITY`` but for the last.
+        files: each with the bytes that are taken from its beginning: multiples of ``GRANULARITY`` but for the
+            last.
         dim: D.
 
     Raises:

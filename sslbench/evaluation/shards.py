@@ -77,7 +77,9 @@ class ShardedTable:
         self.folder.mkdir(parents=True, exist_ok=True)
         _remove_abandoned(self.folder)
         if self.known_layout(self.folder) != self.layout:
-            write_whole(self.folder / ABOUT, [json.dumps({**asdict(self.layout), "key": key}, default=str).encode()])
+            write_whole(
+                self.folder / ABOUT, [json.dumps({**asdict(self.layout), "key": key}, default=str).encode()]
+            )
 
     def discard(self, number: int) -> None:
         """Remove a shard that is of no use."""

@@ -57,13 +57,17 @@ def choose_place(size: int, asked: Asked, room: Room, *, on_disk: bool) -> tuple
         on_disk: whether it is, or will be, in files that can be mapped.
     """
     if asked != "auto":
-        found = {"device": Place.DEVICE, "host": Place.HOST, "mmap": Place.MAPPED if on_disk else Place.HOST}[asked]
+        found = {"device": Place.DEVICE, "host": Place.HOST, "mmap": Place.MAPPED if on_disk else Place.HOST}[
+            asked
+        ]
         return found, f"data.features={asked}"
     if room.device is not None and size <= room.device / 2:
         return Place.DEVICE, f"of {_megabytes(room.device)} free there"
     if on_disk and (room.device is None or size * room.processes > room.host / 2):
         return Place.MAPPED, "once for all processes"
-    return (Place.HOST if room.device is not None else Place.DEVICE), f"of {_megabytes(room.host)} free on the host"
+    return (
+        Place.HOST if room.device is not None else Place.DEVICE
+    ), f"of {_megabytes(room.host)} free on the host"
 
 
 class Tables:
@@ -71,10 +75,10 @@ class Tables:
 
     Deleting files or the whole folder is always safe. Without a folder, tables are kept in memory.
 
-    Every rank must call every method. Ranks write what they computed into the folder that they see, shard by shard;
-    a shard that exists is not computed again. Where ranks do not share the folder (the lowest rank that sees it leads
-    those that do), shards travel one at a time. Memory of a process: the rows of a shard on the device and on the
-    host, ``2 * 4 * 4096 * D`` bytes, and the table itself unless it is mapped.
+    Every rank must call every method. Ranks write what they computed into the folder that they see, shard by
+    shard; a shard that exists is not computed again. Where ranks do not share the folder (the lowest rank that
+    sees it leads those that do), shards travel one at a time. Memory of a process: the rows of a shard on the
+    device and on the host, ``2 * 4 * 4096 * D`` bytes, and the table itself unless it is mapped.
     """
 
     def __init__(self, folder: Path | None, device: torch.device, asked: Asked) -> None:
@@ -203,7 +207,8 @@ class _Build:
         return self._noted(self.missing)
 
     def _forget_unreadable(self) -> None:
-        """Reading images again names those that are missing, where more are than allowed, and sees repaired ones."""
+        """Reading images again names those that are missing, where more are than allowed, and sees repaired
+        ones."""
         if int((~self._readable()).sum()) > self.extractor.max_unreadable:
             self.missing = {number: missing for number, missing in self.missing.items() if not missing}
 
