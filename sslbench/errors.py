@@ -77,6 +77,8 @@ class DivergedError(SslbenchError):
 
     exit_code = ExitCode.DIVERGED
     title = "Training diverged"
+    step = 0
+    """The first one that went wrong, counted from 1."""
 
 
 class PreemptedError(SslbenchError):

@@ -53,6 +53,7 @@ def test_a_disk_that_fills_up_keeps_earlier_checkpoints_and_resumes(
 
     def crowded(self: observe.RunObserver, step: int, *rest: object) -> None:
         if step == 3:
+            self.settle()
             fill(small_disk)
         original(self, step, *rest)
 
@@ -160,7 +161,7 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_it_is_used(
     command(f"{RUN} --limit 3 run.name=hurt")
     whole = torch.load(checkpoints("hurt")[-1] / "backbone.pt", weights_only=True)
     damage(checkpoints("hurt")[-1])
-    assert "step-00000003" in command("eval knn hurt").err
+    assert ("step-00000003" in command("eval knn hurt").err) == (damage is not cut), "it needs no state.pt"
     error = command("pretrain --resume hurt").err
     assert "step-00000003" in error
     assert "Resuming after step 2" in error
@@ -171,7 +172,7 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_it_is_used(
 def test_without_an_intact_checkpoint_there_is_nothing_to_resume(command: Command) -> None:
     command(f"{RUN} --limit 2 run.name=gone")
     for folder in checkpoints("gone"):
-        cut(folder)
+        flip(folder)
     assert "2 damaged" in command("pretrain --resume gone", 5).err
     assert "2 damaged" in command("eval knn gone", 5).err
 
@@ -223,8 +224,9 @@ def test_divergence_names_steps_rate_and_the_last_good_checkpoint(command: Comma
     steps = f"checkpoint.every_steps={every}" if every else ""
     options = f"{steps} checkpoint.keep=1 optim.name=sgd optim.lr=1e20 run.name=lost"
     error = command(f"pretrain {DIGITS} --no-evals {options}", 7).err
-    assert "between steps 1 and" in error
-    assert "learning rate" in error
+    assert "not finite at step 2: train/loss nan" in error
+    assert "gradients of" in error
+    assert "learning rate 9" in error
     assert "optim.lr=1e+19" in error
     kept = checkpoints("lost")
     assert len(kept) == every

@@ -196,6 +196,8 @@ class CheckpointOptions(Options):
     """How many of the newest checkpoints stay (the last one of a run always does)."""
     keep_epochs: int | None = cosmetic(None, ge=1)
     """Also keep every checkpoint whose epoch is a multiple of this."""
+    background: bool = cosmetic(True)
+    """Copy the state to host memory and write it while training goes on; off: training waits for the disk."""
 
 
 class CoreOptions(Options):

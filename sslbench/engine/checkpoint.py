@@ -17,11 +17,12 @@ import hashlib
 import json
 import os
 import pickle
+import re
 import shlex
 import shutil
 import warnings
 import zipfile
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from pathlib import Path
 from typing import Any, cast
 
@@ -117,29 +118,43 @@ def list_checkpoints(run_dir: Path) -> list[Path]:
     return sorted(path.parent for path in (run_dir / FOLDER).glob(f"step-????????/{META}"))
 
 
-def latest(run_dir: Path, log: Callable[[str], None]) -> Path:
+def latest(run_dir: Path, log: Callable[[str], None], needs: Collection[str] = (BACKBONE, STATE)) -> Path:
     """The newest intact checkpoint; damaged ones are named in the log and passed over.
+
+    Args:
+        needs: files that must be intact; of others only the loss would be noticed.
 
     Raises:
         CheckpointError: there is none.
     """
-    candidates = list_checkpoints(run_dir)[::-1]
-    pointed = _pointed(run_dir)
-    if pointed in candidates:
-        candidates = [pointed, *(c for c in candidates if c.name < pointed.name)]
-    elif pointed is not None:
-        log(f"checkpoint {pointed}, named by {LATEST}, is not there or has no {META}; looking for another one")
-    for candidate in candidates:
+    damaged = 0
+    for candidate in _candidates(run_dir, log):
         try:
-            read_meta(candidate, verify=True)
+            _verify(candidate, read_meta(candidate, verify=False).sha256, needs)
         except CheckpointError as error:
             log(f"{error.message}; looking for one before it")
+            damaged += 1
             continue
         return candidate
-    damaged = f"; {len(candidates)} damaged" if candidates else ""
+    found = f"; {damaged} damaged" if damaged else ""
     raise CheckpointError(
-        f"{run_dir} has no intact checkpoint{damaged}", hint="start the run again with sslbench pretrain"
+        f"{run_dir} has no intact checkpoint{found}", hint="start the run again with sslbench pretrain"
     )
+
+
+def _candidates(run_dir: Path, log: Callable[[str], None]) -> Iterator[Path]:
+    """The one that LATEST names and those before it, newest first; all of them if it names none."""
+    pointer = run_dir / FOLDER / LATEST
+    pointed = _pointed(run_dir)
+    if pointed is not None and (pointed / META).is_file():
+        yield pointed
+        yield from (c for c in reversed(list_checkpoints(run_dir)) if c.name < pointed.name)
+        return
+    if pointed is not None:
+        log(f"checkpoint {pointed}, named by {LATEST}, is not there or has no {META}; looking for another one")
+    elif pointer.exists():
+        log(f"{pointer} is damaged; looking for the newest checkpoint")
+    yield from reversed(list_checkpoints(run_dir))
 
 
 def read_meta(path: Path, *, verify: bool) -> CheckpointMeta:
@@ -159,18 +174,18 @@ def read_meta(path: Path, *, verify: bool) -> CheckpointMeta:
     except (OSError, UnicodeDecodeError) as error:
         raise CheckpointError(f"checkpoint {path} cannot be read ({META}): {_first_line(error)}") from error
     if verify:
-        _verify(path, meta.sha256)
+        _verify(path, meta.sha256, {BACKBONE, *meta.sha256})
     return meta
 
 
-def _verify(path: Path, digests: Mapping[str, str]) -> None:
-    if BACKBONE not in digests:
-        raise CheckpointError(f"checkpoint {path} is damaged: {META} lists no SHA-256 of {BACKBONE}")
-    for name, digest in digests.items():
+def _verify(path: Path, digests: Mapping[str, str], needs: Collection[str]) -> None:
+    for name in needs:
         file = path / name
+        if name not in digests:
+            raise CheckpointError(f"checkpoint {path} is damaged: {META} lists no SHA-256 of {name}")
         if not file.is_file():
             raise CheckpointError(f"checkpoint {path} is damaged: {name} is missing")
-        if sha256_of(file) != digest:
+        if sha256_of(file) != digests[name]:
             raise CheckpointError(f"checkpoint {path} is damaged: {name} does not match its SHA-256")
 
 
@@ -201,7 +216,8 @@ def load_backbone(path: Path, catalog: Catalog) -> tuple[Backbone, CheckpointMet
         CheckpointError: damaged, or the weights do not fit the backbone.
         PluginError: its backbone plugin is not installed here.
     """
-    meta = read_meta(path, verify=True)
+    meta = read_meta(path, verify=False)
+    _verify(path, meta.sha256, [BACKBONE])
     cls = catalog.load("backbone", meta.backbone.name)
     cfg: Options = validate_section(cls.Config, meta.backbone.options, "backbone", str(path / META))
     backbone: Backbone = cls(cfg, meta.backbone.image_size)
@@ -215,29 +231,8 @@ def load_backbone(path: Path, catalog: Catalog) -> tuple[Backbone, CheckpointMet
     return backbone, meta
 
 
-def prune(run_dir: Path, keep: int, keep_epochs: int | None) -> list[Path]:
-    """Delete old checkpoints.
-
-    Args:
-        keep: how many of the newest stay.
-        keep_epochs: those whose epoch is a multiple of this stay as well.
-
-    Returns:
-        The deleted folders.
-    """
-    deleted = []
-    newest = _pointed(run_dir)
-    # Later ones are what a resumed run has passed over as damaged: they must not crowd out good ones.
-    known = [path for path in list_checkpoints(run_dir) if newest is None or path.name <= newest.name]
-    for path in known[:-keep]:
-        if keep_epochs and (epoch := _epoch(path)) is not None and epoch % keep_epochs == 0:
-            continue
-        shutil.rmtree(path, ignore_errors=True)
-        deleted.append(path)
-    return deleted
-
-
-def _epoch(path: Path) -> int | None:
+def epoch_of(path: Path) -> int | None:
+    """After which epoch a checkpoint was made; None if it cannot be read."""
     try:
         return read_meta(path, verify=False).epoch
     except CheckpointError:
@@ -275,10 +270,12 @@ def _point_latest(path: Path) -> None:
 
 
 def _pointed(run_dir: Path) -> Path | None:
+    """None if LATEST is missing or holds anything but the name of a checkpoint."""
     try:
-        return run_dir / FOLDER / str(json.loads((run_dir / FOLDER / LATEST).read_text(encoding="utf-8")))
+        name = json.loads((run_dir / FOLDER / LATEST).read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return None
+    return run_dir / FOLDER / name if re.fullmatch(r"step-\d{8,}", str(name)) else None
 
 
 def _write_failure(path: Path, error: BaseException) -> CheckpointError:

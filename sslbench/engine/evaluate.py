@@ -157,7 +157,9 @@ def evaluate_run(plan: EvalPlan, catalog: Catalog, console: Console) -> EvalOutc
         SslbenchError: after the child run is closed as FAILED.
     """
     started = time.monotonic()
-    backbone, meta = checkpoint.load_backbone(checkpoint.latest(plan.run_dir, console.warn), catalog)
+    # What only training needs may be damaged.
+    newest = checkpoint.latest(plan.run_dir, console.warn, [checkpoint.BACKBONE])
+    backbone, meta = checkpoint.load_backbone(newest, catalog)
     dataset = plan.dataset_class(plan.dataset_options)
     check_task(plan.protocol, dataset)
     subject = plan.protocol.subject(dataset.key)

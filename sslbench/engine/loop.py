@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import resource
 import time
 from collections.abc import Iterator, Mapping
@@ -16,9 +15,10 @@ from torch import Tensor, nn
 
 from sslbench import comm
 from sslbench.config.schema import CoreOptions
+from sslbench.engine.divergence import Watch
 from sslbench.engine.optim import set_learning_rate
 from sslbench.engine.schedule import learning_rate, peak_lr
-from sslbench.errors import DivergedError, PluginError
+from sslbench.errors import PluginError
 from sslbench.plugin.api import Batch, Method, Progress, TrainingImages
 from sslbench.rng import derive_seed
 
@@ -174,6 +174,7 @@ class Loop:
         self.meter = meter or Meter()
         self.clock = Clock(self.core.train.batch_size)
         self.peak = peak_lr(self.core.optim, self.core.train.batch_size)
+        self.watch = Watch(method, device, plan.start_step)
 
     def run(self) -> bool:
         """Train.
@@ -208,6 +209,7 @@ class Loop:
         output["loss"].backward()
         if progress.step == self.plan.start_step:
             self._check_gradients()
+        self.watch.add(output, self._lr(progress.step))
         self.method.before_step(progress)
         if self.core.train.clip_grad:
             nn.utils.clip_grad_norm_(self.method.parameters(), self.core.train.clip_grad)
@@ -229,12 +231,12 @@ class Loop:
             if self.plan.probes_after(done):
                 self.observer.probe(done, done // self.plan.steps_per_epoch)
             if stopping or self.plan.saves_after(done):
-                self._check_finite_weights(done)
+                self.watch.look_at_weights(done, self._lr(done - 1))
                 self.observer.save(done, self.meter.state())
 
     def _log(self, done: int) -> None:
         values = {f"train/{key}": value for key, value in self.meter.flush().items()}
-        self._check_finite(done, values)
+        self.watch.look(done, values, self._lr(done - 1))
         values["train/lr"] = self._lr(done - 1)
         values["train/epoch"] = done / self.plan.steps_per_epoch
         self.observer.metrics(done, values | self.clock.flush(self.loader.wait_seconds))
@@ -256,7 +258,6 @@ class Loop:
         if not isinstance(loss, Tensor) or loss.dim() != 0 or loss.dtype != torch.float32:
             shown = f"{loss.dtype} {tuple(loss.shape)}" if isinstance(loss, Tensor) else repr(loss)
             raise PluginError(f"method '{self.method.name}' must return {{'loss': a float32 scalar}}, got {shown}")
-        self._check_finite(self.plan.start_step + 1, {"train/loss": float(loss.detach())})
 
     def _check_gradients(self) -> None:
         """A trainable parameter without a gradient would silently stop averaging between ranks."""
@@ -267,22 +268,6 @@ class Loop:
                 f"among them {', '.join(without[:4])}",
                 hint="freeze them with requires_grad_(False) or use them in the loss",
             )
-
-    def _check_finite(self, done: int, values: Mapping[str, float]) -> None:
-        bad = {key: value for key, value in values.items() if not math.isfinite(value)}
-        if bad:
-            first = max(self.plan.start_step, done - self.core.train.log_every) + 1
-            raise DivergedError(
-                f"not finite between steps {first} and {done}: {bad}; learning rate {self._lr(done - 1):.4g}",
-                hint="start again with a lower optim.lr, a longer optim.warmup_epochs or train.clip_grad",
-            )
-
-    def _check_finite_weights(self, done: int) -> None:
-        """Never replace a good checkpoint by one that was already lost between two log lines."""
-        if self.meter.count:
-            self._check_finite(done, {"train/loss": float(self.meter.sums["loss"])})
-        largest = torch.stack([p.detach().abs().amax() for p in self.method.parameters() if p.numel()]).amax()
-        self._check_finite(done, {"weights": float(largest)})
 
 
 def _memory_mb() -> float:

@@ -11,11 +11,12 @@ import torch
 from sslbench import __version__, comm
 from sslbench.config.compose import Composed
 from sslbench.config.tree import plain
-from sslbench.engine import checkpoint
 from sslbench.engine.checkpoint import BackboneMeta, CheckpointMeta
 from sslbench.engine.console import Console
+from sslbench.engine.saving import Saved, Saver
 from sslbench.engine.setup import Parts
 from sslbench.engine.stopping import StopSignal
+from sslbench.errors import CheckpointError
 from sslbench.evaluation.probes import OnlineProbes, collapse_warning
 from sslbench.plugin.catalog import Catalog
 from sslbench.tracking import Tracker
@@ -64,6 +65,12 @@ class RunObserver:
         self.stop = stop
         self.extensions = extensions
         core = composed.core
+        self.saver = Saver(
+            tracker.run_dir,
+            keep=core.checkpoint.keep,
+            keep_epochs=core.checkpoint.keep_epochs,
+            background=core.checkpoint.background,
+        )
         self.probes = OnlineProbes(
             parts.method.export,
             parts.dataset,
@@ -88,11 +95,8 @@ class RunObserver:
             self.console.warn(warning)
 
     def save(self, step: int, meter: Mapping[str, Any]) -> None:
-        if comm.rank() == 0:
-            self._save(step, meter)
-        comm.barrier()  # nobody looks for a checkpoint that is still being written
-
-    def _save(self, step: int, meter: Mapping[str, Any]) -> None:
+        if comm.rank() > 0:
+            return
         state = {
             "step": step,
             "method": self.parts.method.state_dict(),
@@ -101,15 +105,40 @@ class RunObserver:
         }
         steps_per_epoch = self.parts.plan.steps_per_epoch if self.parts.plan else 1
         meta = describe(self.composed, self.catalog, self.parts, step, step // steps_per_epoch)
-        path = checkpoint.save(self.tracker.run_dir, meta, self.parts.method.export().state_dict(), state)
-        options = self.composed.core.checkpoint
-        for old in checkpoint.prune(self.tracker.run_dir, options.keep, options.keep_epochs):
-            self.tracker.checkpoint_removed(old)
-        self.tracker.checkpoint(path, meta.model_dump(mode="json"))
-        self.extensions.tell("sslbench_checkpoint_saved", path=path, step=step)
+        self.saver.save(meta, self.parts.method.export().state_dict(), state)
+        self._announce(self.saver.finished())
 
     def should_stop(self) -> bool:
+        self._announce(self.saver.finished())
         return self.stop.agreed()
+
+    def settle(self) -> None:
+        """Wait until every checkpoint is on disk, on all ranks: then they may look for it."""
+        self._announce(self.saver.finished(wait=True))
+        comm.barrier()
+
+    def __enter__(self) -> RunObserver:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *error: object) -> None:
+        """Complete what is being written, whatever has happened; its own failure must not hide another one."""
+        try:
+            self._announce(self.saver.finished(wait=True))
+        except CheckpointError as failure:
+            if kind is None:
+                raise
+            self.console.warn(failure.message)
+        finally:
+            self.saver.close()
+        if kind is None:
+            comm.barrier()
+
+    def _announce(self, finished: list[Saved]) -> None:
+        for saved in finished:
+            for old in saved.removed:
+                self.tracker.checkpoint_removed(old)
+            self.tracker.checkpoint(saved.path, saved.meta.model_dump(mode="json"))
+            self.extensions.tell("sslbench_checkpoint_saved", path=saved.path, step=saved.meta.step)
 
     def _log(self, step: int, values: Mapping[str, float]) -> None:
         self.tracker.log(step, values)

@@ -110,7 +110,8 @@ def _train(
     observer = RunObserver(composed, catalog, parts, optimizer, tracker, console, stop, extensions)
     extensions.tell("sslbench_run_started", config=composed.tree)
     if parts.loader is None or parts.plan is None:
-        observer.save(0, Meter().state())
+        with observer:
+            observer.save(0, Meter().state())
         return 0
     meter = _restore(parts, optimizer, resume, console) if resume else None
     if resume:
@@ -131,7 +132,8 @@ def _train(
     )
     console.begin(composed.method.name, parts.plan.start_step, parts.plan.stop_step)
     try:
-        complete = loop.run()
+        with observer:
+            complete = loop.run()
     except DivergedError as error:
         raise _cure(error, composed, tracker) from error
     finally:
@@ -194,7 +196,9 @@ def _check_same_images(parts: Parts, meta: CheckpointMeta, run_dir: Path) -> Non
 
 def _read_start(run_dir: Path, catalog: Catalog, console: Console) -> Start:
     """The exported weights of another run."""
-    backbone, meta = checkpoint.load_backbone(checkpoint.latest(run_dir, console.warn), catalog)
+    backbone, meta = checkpoint.load_backbone(
+        checkpoint.latest(run_dir, console.warn, [checkpoint.BACKBONE]), catalog
+    )
     name = RunRecord.load(run_dir).name
     return Start(name, meta.backbone.name, backbone.state_dict(), meta.sha256[checkpoint.BACKBONE])
 
