@@ -9,16 +9,21 @@ gradient that becomes the gradient of that mean after averaging.
 
 from __future__ import annotations
 
+import json
+import os
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import Any, Literal, cast
+from itertools import count
+from typing import Any, Literal, TypeVar, cast
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
+
+from sslbench.errors import ExitCode, LaunchError, PreemptedError
 
 Collective = Literal["all_reduce", "all_gather", "broadcast"]
 
@@ -279,3 +284,49 @@ def barrier() -> None:
     """Wait for all ranks."""
     if world() > 1 and _rehearsal is None:
         dist.barrier()
+
+
+_POLL_S = 0.2
+_STOPPED = (ExitCode.PREEMPTED, ExitCode.INTERRUPTED)
+_meetings = count()
+_T = TypeVar("_T")
+
+
+def patiently(work: Callable[[], _T]) -> _T:
+    """Do work that may take hours, and not equally long everywhere, and wait until all ranks have done it.
+
+    For decoding a data set, say. Ranks that are done ask from time to time whether the others are, at the place
+    where they have met: in a collective they would run into its time limit.
+
+    Raises:
+        LaunchError: the work has failed on another rank.
+        PreemptedError: another rank was asked to stop.
+    """
+    if world() == 1 or _rehearsal is not None:
+        return work()
+    store = dist.distributed_c10d._get_default_store()
+    start = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")  # the store may outlive the processes
+    meeting = f"sslbench/meeting/{start}/{next(_meetings)}"
+    keys = [f"{meeting}/{other}" for other in range(world())]
+    try:
+        result = work()
+    except Exception as error:
+        code = getattr(error, "exit_code", ExitCode.UNEXPECTED)
+        store.set(keys[rank()], json.dumps([code, str(error)]))
+        raise
+    store.set(keys[rank()], json.dumps([ExitCode.OK, ""]))
+    left = dict(enumerate(keys))
+    while left:
+        for other in [other for other, key in left.items() if store.check([key])]:
+            _check(json.loads(store.get(left.pop(other))), other)
+        time.sleep(_POLL_S if left else 0.0)
+    return result
+
+
+def _check(said: tuple[int, str], other: int) -> None:
+    """Raise what another rank's work has ended with."""
+    code, text = said
+    if code in _STOPPED:
+        raise PreemptedError(f"rank {other} was stopped: {text}", hint="give the same command again")
+    if code != ExitCode.OK:
+        raise LaunchError(f"rank {other} has failed: {text}", hint="its own message says more")

@@ -26,7 +26,7 @@ def root(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def _tables() -> list[Path]:
-    return sorted((default_folder() / "tables").glob("*"))
+    return sorted((default_folder() / "tables").glob("*.npz"))
 
 
 def _sizes(root: Path) -> list[list[int]]:

@@ -14,7 +14,8 @@ from torch import nn
 
 from sslbench.config.schema import TrainOptions
 from sslbench.engine.layout import faster_layout, has_fast_bf16, vector_lanes
-from sslbench.engine.machine import cpu_quota, respect_cpu_quota, wait_passively
+from sslbench.cores import cpu_quota
+from sslbench.engine.machine import respect_cpu_quota, wait_passively
 from sslbench.engine.setup import choose_layout
 
 CPU = torch.device("cpu")
@@ -87,16 +88,16 @@ def test_idle_threads_sleep(monkeypatch: pytest.MonkeyPatch) -> None:
 )
 def test_cpu_quota(content: str, cores: int | None, tmp_path: Path) -> None:
     (tmp_path / "cpu.max").write_text(content)
-    assert cpu_quota(tmp_path) == cores
+    assert cpu_quota(tmp_path, tmp_path / "none") == cores
 
 
 def test_no_control_group_is_no_quota(tmp_path: Path) -> None:
-    assert cpu_quota(tmp_path) is None
+    assert cpu_quota(tmp_path, tmp_path / "none") is None
 
 
 def test_a_quota_below_the_cores_limits_threads(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("sslbench.engine.machine.cpu_quota", lambda: 3)
-    monkeypatch.setattr("sslbench.engine.machine._usable_cores", lambda: 64)
+    monkeypatch.setattr("sslbench.engine.machine.allowed_cores", lambda: 64)
     monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
     respect_cpu_quota()
     assert os.environ["OMP_NUM_THREADS"] == "3"

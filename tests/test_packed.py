@@ -134,13 +134,53 @@ def test_a_cut_file_is_made_again(root: Path, name: str) -> None:
     assert any("damaged" in line for line in lines)
 
 
-def test_a_changed_byte_is_noticed_when_it_is_read(root: Path) -> None:
-    packed = _pack(root)
+def _flip(root: Path, place: int = -1) -> Path:
     (file,) = (root / "cache").glob("packed-*/files")
     content = bytearray(file.read_bytes())
-    content[-1] ^= 1
+    content[place] ^= 1
     file.write_bytes(content)
-    packed.image(0)
+    return file
+
+
+def test_a_changed_byte_is_noticed_at_the_next_start(root: Path) -> None:
+    wanted = _pack(root).image(len(SIZES) - 1)
+    _flip(root)
+    lines: list[str] = []
+    assert torch.equal(_pack(root, lines=lines).image(len(SIZES) - 1), wanted)
+    assert any("damaged" in line for line in lines)
+
+
+def test_an_image_that_is_damaged_meanwhile_is_made_again(root: Path) -> None:
+    packed = _pack(root)
+    last = len(SIZES) - 1
+    wanted = packed.image(last)
+    file = _flip(root)
+    assert torch.equal(packed.image(last), wanted)
+    file.unlink()
+    assert torch.equal(packed.image(last), wanted)
+    lines: list[str] = []
+    again = _pack(root, lines=lines)
+    assert any("damaged" in line for line in lines)
+    assert torch.equal(again.image(last), wanted)
+
+
+def test_damage_that_is_not_looked_for_at_the_start_is_remembered(
+    root: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("sslbench.data.packed._CHECKED_IMAGES", 1)
+    wanted = _pack(root).image(len(SIZES) - 1)
+    _flip(root)
+    packed = _pack(root)
+    assert torch.equal(packed.image(len(SIZES) - 1), wanted)
+    lines: list[str] = []
+    _pack(root, lines=lines)
+    assert any("damaged" in line for line in lines)
+
+
+def test_damage_that_cannot_be_repaired_is_an_error(root: Path) -> None:
+    packed = _pack(root)
+    file = _flip(root)
+    _photo(99, 300, 200).save(_open(root).describe(len(SIZES) - 1))
     with pytest.raises(DataError, match="damaged") as caught:
         packed.image(len(SIZES) - 1)
     assert str(file.parent) in str(caught.value.hint)

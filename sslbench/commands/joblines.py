@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     import typer
 
 _COMMANDS = ("pretrain", "eval")
-_LAUNCHER = ("--devices", "--nnodes", "--node-rank", "--rdzv-endpoint", "--rdzv-id")
+_LAUNCHER = ("--devices", "--nnodes", "--node-rank", "--rdzv-endpoint", "--launch-id", "--max-restarts")
 
 
 def job_lines(context: typer.Context, words: Sequence[str]) -> list[JobLine]:

@@ -16,8 +16,9 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from sslbench.data.entry import Entry, Log, write_synced
+from sslbench.data.entry import Entry, write_synced
 from sslbench.data.imagefile import threaded
+from sslbench.data.locking import Log
 from sslbench.errors import SslbenchError
 from sslbench.plugin.api import Source
 

@@ -7,7 +7,10 @@ copied through a queue, and no page is mapped twice.
 from __future__ import annotations
 
 import itertools
+import math
+import mmap
 import os
+import shutil
 import signal
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, NamedTuple
@@ -18,13 +21,14 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
+from sslbench.cores import own_cores
 from sslbench.data.cache import read_or_reason
 from sslbench.data.cropping import Geometry, crop_image, side_of
-from sslbench.data.imagefile import cores
 from sslbench.data.photometric import changes_colors
 from sslbench.data.retouch import Retouch, plan, retouch
 from sslbench.data.store import next_sample
 from sslbench.data.views import ViewExecutor
+from sslbench.errors import DataError
 from sslbench.plugin.api import Source
 from sslbench.plugin.viewspec import ViewSpec
 from sslbench.rng import Draws
@@ -33,6 +37,7 @@ _MOST_WORKERS = 8
 _SMALLEST_TASK = 8
 _TASK_BYTES = 16 << 20
 _SMALLEST_RETOUCHED = 96
+_SHM = "/dev/shm"
 
 
 class Chunk(NamedTuple):
@@ -83,8 +88,7 @@ class _Report(NamedTuple):
 
 def default_workers() -> int:
     """One worker per core of this process's share of the machine, 8 at most."""
-    processes = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
-    return max(1, min(_MOST_WORKERS, cores() // processes))
+    return min(_MOST_WORKERS, own_cores())
 
 
 class Decoder:
@@ -184,7 +188,7 @@ def _decode_elsewhere(decoder: Decoder, batches: Iterable[Chunk], workers: int, 
     ahead = max(2, -(-2 * usual // (rows * workers)))
     # The loader hands out tasks up to ahead*workers beyond the one it returns, which is copied before the next.
     slots = ahead * workers + 1
-    shared = [view.share_memory_() for view in decoder.room(slots, rows)]  # type: ignore[no-untyped-call]
+    shared = [shared_pixels(slots, *view.shape) for view in decoder.room(rows)]
     loader = DataLoader(
         _Workshop(decoder, shared),
         sampler=_cut(batches, rows, slots),
@@ -196,6 +200,27 @@ def _decode_elsewhere(decoder: Decoder, batches: Iterable[Chunk], workers: int, 
         generator=torch.Generator(),  # without one, each loader would advance torch's global generator
     )
     yield from _assemble(decoder, shared, loader)
+
+
+def shared_pixels(*shape: int) -> Tensor:
+    """uint8 memory that worker processes write to.
+
+    Processes that are forked share any memory that is mapped for sharing. What torch shares is a file in /dev/shm,
+    which containers make small (64 MiB in Docker): without room for a page, whoever writes to it gets a bus error.
+
+    Raises:
+        DataError: processes are not forked here, and /dev/shm is too small.
+    """
+    size = math.prod(shape)
+    if torch.multiprocessing.get_start_method() == "fork":
+        return torch.frombuffer(mmap.mmap(-1, size), dtype=torch.uint8).view(shape)
+    free = shutil.disk_usage(_SHM).free if os.path.isdir(_SHM) else size
+    if free < size:
+        raise DataError(
+            f"{_SHM} has {free >> 20} MiB free, and decoding processes hand over images in {-(-size >> 20)} MiB",
+            hint="docker run --shm-size=8g, or data.workers=0 to decode in the training process",
+        )
+    return torch.empty(shape, dtype=torch.uint8).share_memory_()  # type: ignore[no-untyped-call,no-any-return]
 
 
 class _Workshop(Dataset[_Report]):

@@ -6,25 +6,23 @@ An entry appears complete or not at all. It is found by what its images were rea
 
 from __future__ import annotations
 
-import fcntl
 import hashlib
 import json
 import os
 import shutil
+import stat
 import tempfile
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import suppress
 from importlib.metadata import version
 from pathlib import Path
 from typing import Generic, TypeVar
 from uuid import uuid4
 
 from sslbench.config.schema import DataOptions
-from sslbench.errors import write_failure
+from sslbench.data.locking import Log, locked
+from sslbench.errors import DataError, write_failure
 from sslbench.plugin.api import Source
-
-Log = Callable[[str], None]
 
 CACHE_VERSION = 1
 """Part of every key. Bump it when the same files may give other pixels."""
@@ -35,11 +33,30 @@ _Content = TypeVar("_Content")
 
 
 def default_folder() -> Path:
-    """``$XDG_CACHE_HOME/sslbench`` or ``~/.cache/sslbench``; for a user without a home, a temporary folder."""
+    """``$XDG_CACHE_HOME/sslbench`` or ``~/.cache/sslbench``; for a user without a home, a temporary folder.
+
+    Raises:
+        DataError: the temporary folder is another user's.
+    """
     try:
         return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "sslbench"
     except RuntimeError:
-        return Path(tempfile.gettempdir(), f"sslbench-{os.getuid()}")
+        return _private(Path(tempfile.gettempdir(), f"sslbench-{os.getuid()}"))
+
+
+def _private(folder: Path) -> Path:
+    """A folder of ours alone, in one where everybody may make some: its name can be guessed, and was perhaps."""
+    with suppress(FileExistsError):
+        folder.mkdir(mode=0o700)
+    found = folder.lstat()
+    if not stat.S_ISDIR(found.st_mode) or found.st_uid != os.getuid():
+        raise DataError(
+            f"{folder}, where decoded images would be kept, is not a folder of user {os.getuid()}",
+            hint="export XDG_CACHE_HOME=FOLDER",
+        )
+    if stat.S_IMODE(found.st_mode) != 0o700:
+        folder.chmod(0o700)
+    return folder
 
 
 def cache_folder(options: DataOptions) -> Path:
@@ -90,7 +107,8 @@ class Entry(ABC, Generic[_Content]):
             return found
         try:
             self.path.parent.mkdir(parents=True, exist_ok=True)
-            with _locked(self.path.with_name(f"{self.path.name}.lock"), self.log) as alone:
+            lock = self.path.with_name(f"{self.path.name}.lock")
+            with locked(lock, self.log, "decodes the same images") as alone:
                 return self.find() or self._build(alone)
         except OSError as error:
             reason = write_failure(error, self.path) or str(error)
@@ -139,22 +157,3 @@ def write_synced(path: Path, content: bytes) -> None:
         file.write(content)
         file.flush()
         os.fsync(file.fileno())
-
-
-@contextmanager
-def _locked(path: Path, log: Log) -> Iterator[bool]:
-    """Wait until no other process holds the lock. It ends with the process.
-
-    Yields:
-        Whether the lock is held; False on a file system without locks.
-    """
-    with path.open("a") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            log(f"waiting for another process that decodes the same images into {path.parent}")
-            fcntl.flock(file, fcntl.LOCK_EX)
-        except OSError:
-            yield False
-            return
-        yield True

@@ -20,6 +20,7 @@ from numpy.typing import NDArray
 from PIL import Image, UnidentifiedImageError, features
 from torch import Tensor
 
+from sslbench.cores import usable_cores
 from sslbench.data.paths import PathTable
 from sslbench.errors import DataError
 
@@ -41,11 +42,6 @@ _In = TypeVar("_In")
 _Out = TypeVar("_Out")
 
 
-def cores() -> int:
-    """How many cores this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-
-
 def threaded(function: Callable[[_In], _Out], items: Sequence[_In]) -> Iterator[_Out]:
     """``map`` in a pool of threads, in order."""
 
@@ -53,7 +49,7 @@ def threaded(function: Callable[[_In], _Out], items: Sequence[_In]) -> Iterator[
         return [function(item) for item in items[start : start + _PER_TASK]]
 
     # Small files cost less than a task of a pool, hence a few dozen per task.
-    with ThreadPoolExecutor(min(16, cores())) as pool:
+    with ThreadPoolExecutor(min(16, usable_cores())) as pool:
         for results in pool.map(run, range(0, len(items), _PER_TASK)):
             yield from results
 

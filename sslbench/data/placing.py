@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import os
 from dataclasses import dataclass
 from enum import StrEnum
 
 import torch
 
 from sslbench.config.schema import DataOptions
+from sslbench.cores import processes_here
 from sslbench.data.memory import free_host_memory
 
 WORTH_KEEPING = 16 << 20
@@ -52,7 +52,7 @@ class Room:
     def of(cls, device: torch.device) -> Room:
         """As it is now."""
         free = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else None
-        return cls(free_host_memory(), free, int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
+        return cls(free_host_memory(), free, processes_here())
 
 
 def choose_place(images: Images, options: DataOptions, room: Room) -> tuple[Place, str]:

@@ -18,6 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from sslbench.data.arrays import read_arrays
+from sslbench.data.entry import default_folder
 from sslbench.errors import DataError
 
 logger = logging.getLogger(__name__)
@@ -81,22 +82,26 @@ def _matches(text: str) -> list[str]:
     return sorted(glob.glob(path)) or [path]
 
 
-def read_index(shard: Path) -> ShardIndex:
-    """The index of an archive: from its file beside the archive or in the cache folder, else made and kept there.
+def kept_index(shard: Path) -> ShardIndex | None:
+    """The index of an archive, from its file beside the archive or in the cache folder; None if there is none.
 
-    A file counts only for the size and the time stamp that the archive has now, and is replaced as a whole, so any
-    number of processes may start at once.
+    A file counts only for the size and the time stamp that the archive has now.
+    """
+    stamp = _stamp(shard)
+    found = (_load_index(place, stamp) for place in _index_files(shard))
+    return next((index for index in found if index is not None), None)
+
+
+def read_index(shard: Path) -> ShardIndex:
+    """The index of an archive: the one that is kept, else one that is made and kept now.
 
     Raises:
         DataError: the archive is compressed, damaged, or holds something else.
     """
-    about = shard.stat()
-    stamp = np.array([INDEX_VERSION, about.st_size, about.st_mtime_ns])
-    places = _index_files(shard)
-    for place in places:
-        index = _load_index(place, stamp)
-        if index is not None:
-            return index
+    kept = kept_index(shard)
+    if kept is not None:
+        return kept
+    stamp, places = _stamp(shard), _index_files(shard)
     index = _scan(shard)
     for place in places:
         if _save_index(index, stamp, place):
@@ -104,11 +109,15 @@ def read_index(shard: Path) -> ShardIndex:
     return index
 
 
+def _stamp(shard: Path) -> NDArray[np.int64]:
+    about = shard.stat()
+    return np.array([INDEX_VERSION, about.st_size, about.st_mtime_ns])
+
+
 def _index_files(shard: Path) -> tuple[Path, Path]:
     """Beside the archive; where that folder cannot be written, in the user's cache."""
-    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
     name = hashlib.blake2b(os.fsencode(shard.resolve()), digest_size=16).hexdigest()
-    return shard.with_name(f".{shard.name}.index.npz"), cache / "sslbench" / "shards" / f"{name}.npz"
+    return shard.with_name(f".{shard.name}.index.npz"), default_folder() / "shards" / f"{name}.npz"
 
 
 def _load_index(file: Path, stamp: NDArray[np.int64]) -> ShardIndex | None:

@@ -16,10 +16,12 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from sslbench.data.encoded import EncodedSource
+from sslbench.data.entry import default_folder
 from sslbench.data.imagefile import threaded
+from sslbench.data.locking import locked_if_possible
 from sslbench.data.paths import PathTable
 from sslbench.data.revision import file_state
-from sslbench.data.shardindex import ShardIndex, read_index
+from sslbench.data.shardindex import ShardIndex, kept_index, read_index
 from sslbench.errors import DataError
 
 logger = logging.getLogger(__name__)
@@ -58,7 +60,7 @@ class ShardSource(EncodedSource):
     """
 
     def __init__(self, shards: Sequence[Path]) -> None:
-        indices = list(_indexed(shards))
+        indices = _indexed(shards)
         self.shards = tuple(shards)
         self.names = PathTable(
             Path(), [(path.name, index.names) for path, index in zip(shards, indices, strict=True)]
@@ -133,7 +135,18 @@ class ShardSource(EncodedSource):
         return hashlib.blake2b(start.tobytes()).digest()
 
 
-def _indexed(shards: Sequence[Path]) -> Iterator[ShardIndex]:
+def _indexed(shards: Sequence[Path]) -> list[ShardIndex]:
+    """The indices of all archives. Of several processes one makes what is missing, the others wait for it."""
+    kept = [kept_index(shard) for shard in shards]
+    if None not in kept:
+        return [index for index in kept if index is not None]
+    names = "\0".join(str(shard.resolve()) for shard in shards)
+    name = hashlib.blake2b(names.encode(errors="surrogateescape"), digest_size=16).hexdigest()
+    with locked_if_possible(default_folder() / "shards" / f"{name}.lock", logger.info, "indexes the same shards"):
+        return list(_read(shards))
+
+
+def _read(shards: Sequence[Path]) -> Iterator[ShardIndex]:
     told = time.monotonic()
     for number, index in enumerate(map(read_index, shards), start=1):
         if time.monotonic() - told > _PROGRESS_SECONDS:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Protocol
 from weakref import WeakKeyDictionary
@@ -16,11 +16,10 @@ from sslbench.config.schema import DataOptions
 from sslbench.data.cache import MappedPixels, PixelCache, read_sized
 from sslbench.data.entry import cache_folder
 from sslbench.data.imagefile import threaded
+from sslbench.data.locking import Log
 from sslbench.data.placing import WORTH_KEEPING, Images, Place, Room, choose_place
 from sslbench.errors import ConfigError, DataError
 from sslbench.plugin.api import Source
-
-Log = Callable[[str], None]
 
 _PROGRESS_SECONDS = 5.0
 _NAMED = 10
@@ -129,6 +128,8 @@ def next_sample(number: int, samples: Tensor, unreadable: Collection[int]) -> in
 def open_store(source: Source, options: DataOptions, device: torch.device, log: Log) -> Store:
     """Choose where the pixels live and bring them there. All ranks choose what the first one chooses.
 
+    Pixels that workers decode differ from the others by rounding: a cache that one rank cannot have is used by none.
+
     Args:
         source: the training images.
         options: decide, with the free memory.
@@ -139,7 +140,7 @@ def open_store(source: Source, options: DataOptions, device: torch.device, log: 
         DataError: too many images are unreadable.
         ConfigError: ``data.resident`` asks for residence and the images differ in size.
     """
-    images, cache = _look_at(source, options, log)
+    images, cache = comm.patiently(lambda: _look_at(source, options, log))
     if images.total is None and options.resident not in ("auto", "off"):
         raise ConfigError(
             f"data.resident={options.resident} needs images of one size, and these differ",
@@ -147,16 +148,27 @@ def open_store(source: Source, options: DataOptions, device: torch.device, log: 
         )
     place, reason = comm.broadcast_object(choose_place(images, options, Room.of(device)))
     log(f"images: {place} ({reason})")
-    mapped = _noted(source, cache.find_or_build()) if cache and place is not Place.WORKERS else None
-    if place is Place.MAPPED and mapped is None:
-        place, reason = choose_place(replace(images, cacheable=False), options, Room.of(device))
+    wanted = cache if place is not Place.WORKERS else None
+    mapped = comm.patiently(lambda: _noted(source, wanted.find_or_build() if wanted else None))
+    if place is Place.MAPPED and (lacking := _lacking(mapped)):
+        if comm.world() > 1:
+            log(f"decoded images could not be kept for {lacking}, so no process uses kept ones")
+        free = Room.of(device)
+        place, reason = comm.broadcast_object(choose_place(replace(images, cacheable=False), options, free))
         log(f"images: {place} ({reason})")
     unreadable = Unreadable(source, options.max_unreadable, log)
     if place is Place.WORKERS:
         return DecodedStore(unreadable)
     target = device if place is Place.DEVICE else torch.device("cpu")
     apart = mapped is not None and place is not Place.MAPPED
-    return ResidentStore(_pixels(source, mapped, unreadable).to(target, copy=apart), device, unreadable)
+    pixels = comm.patiently(lambda: _pixels(source, mapped, unreadable).to(target, copy=apart))
+    return ResidentStore(pixels, device, unreadable)
+
+
+def _lacking(mapped: MappedPixels | None) -> str:
+    """The processes that have no mapped pixels, in words; empty if all have them."""
+    without = comm.gather(torch.tensor([float(mapped is None)])).nonzero().flatten().tolist()
+    return f"process {', '.join(map(str, without))} of {comm.world()}" if without else ""
 
 
 def mapped_pixels(source: Source, options: DataOptions, log: Log, *, build: bool) -> MappedPixels | None:

@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import ctypes
 import os
-from pathlib import Path
+
+from sslbench.cores import allowed_cores, cpu_quota, usable_cores
 
 _M_TRIM_THRESHOLD, _M_MMAP_MAX = -1, -4
 _NEVER_TRIM = 2**31 - 1
@@ -48,23 +49,10 @@ def wait_passively() -> None:
 def respect_cpu_quota() -> None:
     """Start no more threads than the container's CPU quota pays for; torch counts the host's cores."""
     quota = cpu_quota()
-    if quota is not None and "OMP_NUM_THREADS" not in os.environ and quota < _usable_cores():
+    if quota is not None and "OMP_NUM_THREADS" not in os.environ and quota < allowed_cores():
         os.environ["OMP_NUM_THREADS"] = str(quota)
 
 
 def share_of_cores(processes: int) -> int:
     """Threads for each of so many processes of this machine."""
-    return max(1, min(_usable_cores(), cpu_quota() or _usable_cores()) // processes)
-
-
-def cpu_quota(root: Path = Path("/sys/fs/cgroup")) -> int | None:
-    """Cores of the control group's quota (version 2), rounded up; None: no limit is set."""
-    try:
-        limit, period = (root / "cpu.max").read_text().split()
-        return None if limit == "max" else max(1, -(-int(limit) // int(period)))
-    except (OSError, ValueError):
-        return None
-
-
-def _usable_cores() -> int:
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return max(1, usable_cores() // processes)
