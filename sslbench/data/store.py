@@ -128,7 +128,7 @@ def next_sample(number: int, samples: Tensor, unreadable: Collection[int]) -> in
 def open_store(source: Source, options: DataOptions, device: torch.device, log: Log) -> Store:
     """Choose where the pixels live and bring them there. All ranks choose what the first one chooses.
 
-    Pixels that workers decode differ from the others by rounding: a cache that one rank cannot have is used by none.
+    Pixels that workers decode differ by rounding: a cache that one rank cannot have is used by none.
 
     Args:
         source: the training images.

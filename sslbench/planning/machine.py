@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from sslbench.data.imagefile import cores
+from sslbench.cores import usable_cores
 from sslbench.data.memory import free_host_memory
 from sslbench.engine.layout import has_fast_bf16
 from sslbench.planning.devices import KINDS, Device, this_cpu
@@ -19,9 +19,9 @@ def find_device(kind: str | None) -> Device:
         name = torch.cuda.get_device_name().lower()
         return next((device for key, device in KINDS.items() if key in name), KINDS["a100"])
     bf16 = has_fast_bf16(torch.device("cpu"))
-    return this_cpu(torch.backends.cpu.get_cpu_capability(), cores(), free_host_memory(), has_bf16=bf16)
+    return this_cpu(torch.backends.cpu.get_cpu_capability(), usable_cores(), free_host_memory(), has_bf16=bf16)
 
 
 def host_cores(device: Device) -> int:
     """Of the host for each device; of machines elsewhere as many as decoding workers use."""
-    return cores() if device.shares_host else DEFAULT_WORKERS
+    return usable_cores() if device.shares_host else DEFAULT_WORKERS
