@@ -17,6 +17,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
 from itertools import count
+from pathlib import Path
 from typing import Any, Literal, TypeVar, cast
 
 import torch
@@ -109,6 +110,16 @@ def silent_ranks(seconds: float) -> list[int]:
     except (RuntimeError, ValueError):
         return [0]  # whose process has the store
     return silent
+
+
+def meet(folder: Path, rank: int, world: int, timeout: float) -> None:
+    """Enter a world of processes of this machine that meet in a folder, to compute on the CPU.
+
+    Args:
+        timeout: seconds after which a process that does not answer counts as gone.
+    """
+    place, patience = f"file://{folder.resolve()}/rendezvous", timedelta(seconds=timeout)
+    dist.init_process_group("gloo", init_method=place, rank=rank, world_size=world, timeout=patience)
 
 
 def leave() -> None:

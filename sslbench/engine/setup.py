@@ -140,17 +140,11 @@ def build_parts(composed: Composed, log: Callable[[str], None], start: Start | N
     method = method.to(device=device, memory_format=layout)  # type: ignore[call-overload]
     loader.views.memory_format = layout
     if comm.world() > 1:
-        method = _share_statistics(method, core.train.sync_bn, device)
+        method = cast(Method, share_statistics(method, core.train.sync_bn, device))
     if core.train.compile:
         compile_backbones(method)
     plan = Plan(core, loader.steps_per_epoch)
     return Parts(device, choose_bf16(core.train, device), dataset, method, side, loader, plan)
-
-
-def _share_statistics(method: Method, sync_bn: bool | int, device: torch.device) -> Method:
-    """Batch normalisation over the rows of all ranks, as one process would have it, or of groups of ranks."""
-    ranks = comm.world() if sync_bn is True else int(sync_bn)
-    return cast(Method, share_statistics(method, ranks, device)) if ranks > 1 else method
 
 
 def _make_backbone(selection: Selection, side: int, start: Start | None) -> Backbone:

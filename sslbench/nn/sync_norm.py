@@ -17,19 +17,22 @@ from sslbench import comm
 from sslbench.errors import ConfigError
 
 
-def share_statistics(network: nn.Module, ranks: int, device: torch.device) -> nn.Module:
-    """Let every batch normalisation of ``network`` see the rows of several ranks.
+def share_statistics(network: nn.Module, sync_bn: bool | int, device: torch.device) -> nn.Module:
+    """Let every batch normalisation of ``network`` see the rows of several ranks, as ``train.sync_bn`` says.
 
     Parameters, buffers and state-dict keys stay as they are. All ranks must call it.
 
     Args:
         network: changed in place; itself not a normalisation layer.
-        ranks: how many consecutive ranks share their statistics.
+        sync_bn: True: all ranks share their statistics; a number: so many consecutive ones; False: none do.
         device: where it will train. Accelerators have torch's kernels for this.
 
     Raises:
-        ConfigError: ``ranks`` does not divide the number of ranks.
+        ConfigError: the number does not divide the number of ranks.
     """
+    ranks = comm.world() if sync_bn is True else int(sync_bn)
+    if ranks < 2:
+        return network
     if comm.world() % ranks:
         raise ConfigError(
             f"train.sync_bn={ranks} must divide the number of processes ({comm.world()})",

@@ -1,0 +1,167 @@
+"""A few training steps of a method on toy images, and all that they compute."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from sslbench import comm
+from sslbench.config.schema import CoreOptions
+from sslbench.config.tree import Tree, merge
+from sslbench.data.loader import TrainLoader
+from sslbench.engine.optim import build_optimizer
+from sslbench.nn.sync_norm import SharedBatchNorm, share_statistics
+from sslbench.plugin.api import Batch, Build, Method, Progress
+from sslbench.rng import derive_seed
+from sslbench.testing.reference import MethodReference
+from sslbench.testing.toys import CLASSES, Norm, ToyBackbone, toy_loader
+
+Record = dict[str, Any]
+"""By quantity (:data:`QUANTITIES`) tensors by name; and, under ``facts``, what explains differences."""
+QUANTITIES = ("start", "loss", "gradients", "parameters", "buffers", "optimiser")
+
+#: Plain gradient descent: Adam makes whole steps of the rounding errors of parameters without effect.
+_OPTIM = {"name": "sgd", "lr": 0.01, "schedule": "constant", "warmup_epochs": 0.0}
+
+
+@dataclass(frozen=True)
+class Trial:
+    """What all ranks do."""
+
+    method: MethodReference
+    options: Mapping[str, Any]
+    core: Mapping[str, Any]
+    """Core options (``{"train": {"sync_bn": False}}``), above the method's own defaults."""
+    norm: Norm
+    images: int
+    batch_size: int
+    steps: int
+    seed: int = 0
+
+
+def run(trial: Trial) -> Record:
+    """Train on this rank's share.
+
+    Returns:
+        ``start`` (parameters and buffers after the first ``start_epoch``), ``loss`` of each step, averaged
+        ``gradients`` of the first step and the last, and ``parameters``, ``buffers`` and ``optimiser`` at the end.
+    """
+    cls = trial.method.load()
+    core = _core_options(cls, trial)
+    cfg = cls.Config.model_validate(dict(trial.options))
+    loader = toy_loader(cfg.views, trial.images, trial.batch_size, labels=cls.uses_labels, seed=trial.seed)
+    method = _build(cls, cfg, loader, trial)
+    if comm.world() > 1:
+        share_statistics(method, core.train.sync_bn, torch.device("cpu"))
+    return _Run(method, loader, core, trial).record()
+
+
+def _core_options(cls: type[Method], trial: Trial) -> CoreOptions:
+    tree: Tree = {}
+    own = {"train": {"batch_size": trial.batch_size}, "optim": _OPTIM}
+    for layer in (cls.defaults, own, trial.core):
+        merge(tree, layer, "", {})
+    return CoreOptions.model_validate(tree)
+
+
+def _build(cls: type[Method], cfg: Any, loader: TrainLoader, trial: Trial) -> Method:
+    torch.manual_seed(derive_seed(trial.seed, "initialisation"))
+    build = Build(
+        make_backbone=lambda: ToyBackbone(trial.norm),
+        global_batch=trial.batch_size,
+        num_images=loader.num_images,
+        steps=10 * trial.steps,
+        steps_per_epoch=loader.steps_per_epoch,
+        num_classes=CLASSES if cls.uses_labels else None,
+    )
+    return cls(cfg, build)
+
+
+class _Run:
+    """The training loop's calls of a method, in its order."""
+
+    def __init__(self, method: Method, loader: TrainLoader, core: CoreOptions, trial: Trial) -> None:
+        self.method, self.loader, self.trial = method, loader, trial
+        self.optimizer = build_optimizer(core.optim, method.param_groups(), method, trial.batch_size)
+        self.found: Record = {quantity: {} for quantity in QUANTITIES} | {"facts": {}}
+
+    def record(self) -> Record:
+        for step, batch in enumerate(self.loader.batches(0, self.trial.steps)):
+            if step % self.loader.steps_per_epoch == 0:
+                self._start_epoch(step // self.loader.steps_per_epoch)
+            if step == 0:
+                self.found["start"] = dict(_copied(self.method.state_dict()))
+                self.found["facts"] = self._facts(batch)
+            self._step(step, batch)
+        trained = {name for name, parameter in self.method.named_parameters() if parameter.requires_grad}
+        for name, value in _copied(self.method.state_dict()):
+            self.found["parameters" if name in trained else "buffers"][name] = value
+        self.found["optimiser"] = dict(self._optimizer_state())
+        return self.found
+
+    def _start_epoch(self, epoch: int) -> None:
+        torch.manual_seed(derive_seed(self.trial.seed, "epoch", epoch))
+        self.method.start_epoch(epoch, self.loader.images)
+
+    def _step(self, step: int, batch: Batch) -> None:
+        progress = Progress(step, 10 * self.trial.steps, self.loader.steps_per_epoch)
+        torch.manual_seed(derive_seed(self.trial.seed, "step", step, comm.rank()))
+        loss = self.method(batch)["loss"]
+        self.found["loss"][f"step {step + 1}"] = loss.detach().clone()
+        loss.backward()
+        self._average_gradients()
+        if step in (0, self.trial.steps - 1):
+            self.found["gradients"] |= dict(self._gradients(f"step {step + 1}"))
+        self.method.before_step(progress)
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        self.method.after_step(progress)
+
+    def _average_gradients(self) -> None:
+        """As data-parallel training does."""
+        for parameter in self.method.parameters():
+            if comm.world() > 1 and parameter.grad is not None:
+                parameter.grad = comm.all_sum(parameter.grad) / comm.world()
+
+    def _gradients(self, when: str) -> Iterator[tuple[str, Tensor]]:
+        for name, parameter in self.method.named_parameters():
+            if parameter.grad is not None:
+                yield f"{name}, {when}", parameter.grad.clone()
+
+    def _optimizer_state(self) -> Iterator[tuple[str, Tensor]]:
+        for name, parameter in self.method.named_parameters():
+            for key, value in self.optimizer.state.get(parameter, {}).items():
+                if isinstance(value, Tensor):
+                    yield f"{name}, {key}", value.clone()
+
+    def _facts(self, batch: Batch) -> dict[str, Any]:
+        rows_alone = _unshared(self.method) if comm.world() > 1 else []
+        return {"rows": len(batch), "draws": _draws_from_torch(self.method, batch), "unshared": rows_alone}
+
+
+def _unshared(method: nn.Module) -> list[str]:
+    """Batch normalisations that see this rank's rows only."""
+    return [
+        name
+        for name, module in method.named_modules()
+        if isinstance(module, _BatchNorm) and not isinstance(module, SharedBatchNorm)
+    ]
+
+
+def _copied(state: Mapping[str, Tensor]) -> Iterator[tuple[str, Tensor]]:
+    return ((name, value.clone()) for name, value in state.items())
+
+
+def _draws_from_torch(method: Method, batch: Batch) -> bool:
+    """Whether the loss depends on the state of torch's own generator, which differs between ranks."""
+    losses = []
+    for seed in (1, 2):
+        torch.manual_seed(seed)
+        losses.append(copy.deepcopy(method)(copy.copy(batch))["loss"].detach())
+    return not torch.equal(*losses)
