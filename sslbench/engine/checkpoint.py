@@ -5,7 +5,7 @@
 * ``state.pt``: method (weights, teachers, queues), optimiser and step; loads at any world size. Imported weights
   have none.
 * ``backbone.pt``: the exported backbone's plain state dict, no prefixes.
-* ``meta.json``: :class:`CheckpointMeta`, with the SHA-256 of both files.
+* ``meta.json``: :class:`CheckpointMeta`, with the SHA-256 of both files and of what it says itself.
 
 All files are read with ``weights_only``. One file for the state, rather than torch.distributed.checkpoint's
 folder, because that format's index is a pickle.
@@ -95,8 +95,9 @@ def save(
         digests = {BACKBONE: _write_tensors(partial / BACKBONE, backbone)}
         if state is not None:
             digests[STATE] = _write_tensors(partial / STATE, state)
-        complete = meta.model_copy(update={"sha256": digests})
-        _write_text(partial / META, complete.model_dump_json(indent=2))
+        content = meta.model_dump(mode="json") | {"sha256": digests}
+        signed = content | {"sha256": digests | {META: _digest_of(content)}}
+        _write_text(partial / META, json.dumps(signed, indent=2))
         shutil.rmtree(final, ignore_errors=True)
         os.replace(partial, final)
         _sync_folder(final.parent)
@@ -167,15 +168,30 @@ def read_meta(path: Path, *, verify: bool) -> CheckpointMeta:
         CheckpointError: missing, unreadable or damaged.
     """
     try:
-        meta = CheckpointMeta.model_validate_json((path / META).read_text(encoding="utf-8"))
+        meta = _parsed((path / META).read_text(encoding="utf-8"))
     except ValidationError as error:
         found = f"{META} is damaged or foreign ({error.error_count()} entries missing or wrong)"
         raise CheckpointError(f"checkpoint {path} cannot be read: {found}") from error
-    except (OSError, UnicodeDecodeError) as error:
+    except (OSError, ValueError) as error:
         raise CheckpointError(f"checkpoint {path} cannot be read ({META}): {_first_line(error)}") from error
     if verify:
         _verify(path, meta.sha256, {BACKBONE, *meta.sha256})
     return meta
+
+
+def _parsed(text: str) -> CheckpointMeta:
+    meta = CheckpointMeta.model_validate_json(text)
+    digest = meta.sha256.pop(META, None)  # earlier versions wrote none
+    content = json.loads(text)
+    content["sha256"].pop(META, None)
+    if digest not in (None, _digest_of(content)):
+        raise ValueError("it does not match its own SHA-256")
+    return meta
+
+
+def _digest_of(content: Mapping[str, Any]) -> str:
+    """SHA-256 of what meta.json says, whatever version says it and however it is laid out."""
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
 
 def _verify(path: Path, digests: Mapping[str, str], needs: Collection[str]) -> None:

@@ -3,14 +3,26 @@
 from __future__ import annotations
 
 import random
+import signal
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from chaos.children import Child, promise, put_database, typed
+from chaos.children import NOWHERE, BrokenPromiseError, Child, promise, put_database, ranks, typed
 from chaos.fault import Fault
-from chaos.runs import RESUME, RUN, STEPS, View, expect_same, expect_stored, resumed_after, whole
+from chaos.runs import (
+    RESUME,
+    RUN,
+    STEPS,
+    View,
+    expect_close,
+    expect_same,
+    expect_stored,
+    newest,
+    resumed_after,
+    whole,
+)
 from chaos.trials import Trial, trials
 
 ATTEMPTS = 20
@@ -101,8 +113,7 @@ def hit(
         time.sleep(moment.pause_s)
         if blow(child) and came and moment.hit(view):
             return view
-    promise(False, f"the moment was missed {ATTEMPTS} times")
-    raise AssertionError
+    raise BrokenPromiseError(f"the moment was missed {ATTEMPTS} times")
 
 
 def again_and_again(folder: Path, rng: random.Random) -> int:
@@ -150,16 +161,97 @@ def _killed_at(comes: Callable[[View], bool], view: View) -> bool:
     return child.kill()
 
 
+def stopped(number: signal.Signals) -> Trial:
+    """Ask a run to stop at any moment of its training: it loses nothing."""
+
+    def trial(folder: Path, rng: random.Random) -> int:
+        expected = whole()
+        view, said = _asked_to_stop(folder, rng, number)
+        reached = view.last_step()
+        promise(f"stopped by {number.name}; the state is saved" in said, said[-1000:])
+        promise("sslbench pretrain --resume killed" in said, "it does not say how to go on")
+        promise(newest(view.the_run()).name == f"step-{reached:08d}", f"step {reached} is not saved")
+        promise(view.status() == "KILLED", f"its status is {view.status()}")
+        lost = reached - resumed_after(typed(RESUME, view.path))
+        expect_same(view.the_run(), expected)
+        return lost
+
+    return trial
+
+
+def _asked_to_stop(folder: Path, rng: random.Random, number: signal.Signals) -> tuple[View, str]:
+    for attempt in range(ATTEMPTS):
+        view = View(folder / f"attempt-{attempt}")
+        view.path.mkdir()
+        child = Child(f"{RUN} run.tracking_uri={NOWHERE}", view.path)
+        moment = in_a_step(rng) if rng.random() < 0.5 else in_a_save(rng)
+        child.wait_for(lambda: moment.comes(view))  # noqa: B023 - called before the next one
+        time.sleep(moment.pause_s)
+        if child.running and view.last_step() < STEPS - 1:
+            child.send(number)
+            return view, child.end(75)
+        child.kill()
+    raise BrokenPromiseError(f"the run was over {ATTEMPTS} times")
+
+
+PLUGIN = Path(__file__).with_name("contrast.py")
+WORLDS = (
+    f"-p {PLUGIN} pretrain --method contrast --backbone plain --dataset digits train.batch_size=64 train.epochs=1 "
+    "optim.name=sgd optim.lr=0.1 train.log_every=1 data.workers=0 probe.every=0 checkpoint.every_steps=2 "
+    "checkpoint.keep=2 run.evals=[] run.name=worlds"
+)
+GO_ON = f"-p {PLUGIN} pretrain --resume last"
+
+
+def moved(before: int, after: int) -> Trial:
+    """Kill a run of so many ranks, and go on with another number of them."""
+
+    def trial(folder: Path, rng: random.Random) -> int:
+        expected = whole(WORLDS)
+        view, number = View(folder), rng.randrange(3, 20)
+        children = ranks(f"{WORLDS} run.tracking_uri={NOWHERE}", folder, before)
+        children[0].wait_for(lambda: view.last_step() >= number and view.resumable())
+        time.sleep(rng.uniform(0, 0.02))
+        rng.shuffle(children)
+        for child in children:
+            child.kill()
+        reached = view.last_step()
+        goes_on = ranks(GO_ON, folder, after)
+        said = [child.end() for child in goes_on]
+        expect_close(view.the_run(), expected)
+        return reached - resumed_after(said[0])
+
+    return trial
+
+
+def one_of_two_stopped(folder: Path, rng: random.Random) -> int:
+    """SIGTERM reaches one of two ranks only: both stop after the same step."""
+    expected = whole(WORLDS)
+    view, number = View(folder), rng.randrange(3, 18)
+    children = ranks(f"{WORLDS} run.tracking_uri={NOWHERE}", folder, 2)
+    children[0].wait_for(lambda: view.last_step() >= number)
+    rng.choice(children).send(signal.SIGTERM)
+    for child in children:
+        child.end(75)
+    reached = view.last_step()
+    said = [child.end() for child in ranks(GO_ON, folder, 2)]
+    expect_close(view.the_run(), expected)
+    return reached - resumed_after(said[0])
+
+
+BITS = "files, weights, optimiser, curves, results bit for bit as undisturbed"
+STORE = f"{BITS}; the store complete"
+CLOSE = "weights and losses as undisturbed on one rank, within 1e-4"
+
 FAULTS = [
-    Fault("SIGKILL in a step", trials(killed(in_a_step), "same files, bits, curves, results, store"), 6, quick=1),
-    Fault("SIGKILL in a save", trials(killed(in_a_save), "same files, bits, curves, results, store"), 6, quick=1),
-    Fault("SIGKILL in an evaluation", trials(killed(in_an_evaluation), "the same, without training again"), 4),
-    Fault(
-        "SIGKILL in MLflow's first migration",
-        trials(killed(in_the_migration, migrated=False), "a run and a whole store"),
-        4,
-    ),
-    Fault(
-        "SIGKILL at 14 moments of one run", trials(again_and_again, "same files, bits, curves, results, store"), 2
-    ),
+    Fault("SIGKILL in a step", trials(killed(in_a_step), STORE), 6, quick=1),
+    Fault("SIGKILL in a save", trials(killed(in_a_save), STORE), 6),
+    Fault("SIGKILL in an evaluation", trials(killed(in_an_evaluation), STORE), 4),
+    Fault("SIGKILL in MLflow's first migration", trials(killed(in_the_migration, migrated=False), STORE), 4),
+    Fault("SIGKILL at 14 moments of one run", trials(again_and_again, STORE), 1),
+    Fault("SIGKILL on 1 rank, resume on 2", trials(moved(1, 2), CLOSE), 4),
+    Fault("SIGKILL on 2 ranks, resume on 1", trials(moved(2, 1), CLOSE), 4),
+    Fault("SIGTERM", trials(stopped(signal.SIGTERM), f"exit 75; {BITS}"), 5, quick=1),
+    Fault("SIGUSR1", trials(stopped(signal.SIGUSR1), f"exit 75; {BITS}"), 5),
+    Fault("SIGTERM to one of two ranks", trials(one_of_two_stopped, f"both exit 75; {CLOSE}"), 4),
 ]
