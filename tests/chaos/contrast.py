@@ -1,6 +1,6 @@
 """Contrastive learning without batch normalisation: any number of processes computes the same but for rounding.
 
-A plugin for ``sslbench -p``. With ``sharp_from`` it has something that really diverges: a weight whose curvature jumps.
+A plugin for ``sslbench -p``. With ``sharp_from`` it has what really diverges: a weight whose curvature jumps.
 """
 
 from __future__ import annotations
