@@ -94,7 +94,7 @@ def train(
             plan=parts.plan,
             observer=Timed(window, log, watch),
             device=parts.device,
-            bf16=parts.bf16,
+            precision=parts.precision,
         ).run()
     return window.result(core.train.batch_size)
 
@@ -158,7 +158,7 @@ def settings(parts: Parts) -> dict[str, Any]:
     assert parts.plan is not None
     channels_last = parts.loader.views.memory_format == torch.channels_last
     return {
-        "precision": "bf16" if parts.bf16 else "fp32",
+        "precision": parts.precision,
         "layout": "channels-last" if channels_last else "contiguous",
         "threads": torch.get_num_threads(),
         "device": str(parts.device),

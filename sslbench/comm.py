@@ -12,7 +12,7 @@ from __future__ import annotations
 import json
 import os
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
@@ -22,7 +22,7 @@ from typing import Any, Literal, TypeVar, cast
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, nn
 
 from sslbench.errors import ExitCode, LaunchError, PreemptedError
 
@@ -341,3 +341,48 @@ def _check(said: tuple[int, str], other: int) -> None:
         raise PreemptedError(f"rank {other} was stopped: {text}", hint="give the same command again")
     if code != ExitCode.OK:
         raise LaunchError(f"rank {other} has failed: {text}", hint="its own message says more")
+
+
+def begin_sum(value: Tensor) -> Callable[[], Tensor]:
+    """Start to sum a tensor of the host over ranks and go on; the result waits for the sum and returns it."""
+    total = value.clone()
+    work = dist.all_reduce(total, async_op=True) if world() > 1 and _rehearsal is None else None
+
+    def finished() -> Tensor:
+        if work is not None:
+            work.wait()
+        return total
+
+    return finished
+
+
+def shard(modules: Iterable[nn.Module], device: torch.device) -> None:
+    """Keep only this rank's rows of each module's parameters on ``device``, and the others while it computes.
+
+    That is torch's FSDP2. A parameter of a module is sharded by the first of the modules that holds it, so inner
+    modules come first. Between two passes parameters and their gradients are distributed tensors
+    (:func:`own_rows`); gradients are averaged over ranks.
+    """
+    # Imported here: it takes longer than all of torch that other runs need.
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import fully_shard
+
+    mesh = init_device_mesh(device.type, (world(),))
+    for module in modules:
+        fully_shard(module, mesh=mesh, reshard_after_forward=True)
+
+
+def is_sharded(value: Any) -> bool:
+    """Whether a tensor is one of which each rank keeps some rows."""
+    return hasattr(value, "to_local")
+
+
+def own_rows(tensors: Iterable[Tensor]) -> list[Tensor]:
+    """This rank's rows of sharded tensors, over the same memory and without graph; others as they are."""
+    return [cast(Any, tensor.detach()).to_local() if is_sharded(tensor) else tensor for tensor in tensors]
+
+
+def share_of(whole: Tensor) -> Tensor:
+    """The rows of a whole tensor that this rank keeps after :func:`shard`; the last ranks may have fewer."""
+    rows = -(-len(whole) // world())
+    return whole[rank() * rows : (rank() + 1) * rows].clone()

@@ -87,7 +87,7 @@ class Run:
         core = CoreOptions.model_validate(self.core)
         parts = {"model": self.method, "method": self.method, "optimizer": self.optimizer, "loader": loader()}
         plan = Plan(core, STEPS, start)
-        Loop(**parts, plan=plan, observer=self.log, device=CPU, bf16=False).run()  # type: ignore[arg-type]
+        Loop(**parts, plan=plan, observer=self.log, device=CPU).run()  # type: ignore[arg-type]
         return self
 
     def take_over(self, other: Run) -> Run:

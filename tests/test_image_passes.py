@@ -116,7 +116,7 @@ def _train(start_step: int) -> _Recorder:
     plan = Plan(core, loader.steps_per_epoch, start_step)
     optimizer = build_optimizer(core.optim, None, method, 8)
     parts = {"model": method, "method": method, "optimizer": optimizer, "loader": loader}
-    Loop(**parts, plan=plan, observer=_Silent(), device=CPU, bf16=False).run()  # type: ignore[arg-type]
+    Loop(**parts, plan=plan, observer=_Silent(), device=CPU).run()  # type: ignore[arg-type]
     return method
 
 

@@ -13,8 +13,8 @@ import torch
 from torch import nn
 
 from sslbench.config.schema import TrainOptions
-from sslbench.engine.layout import faster_layout, has_fast_bf16, vector_lanes
 from sslbench.cores import cpu_quota
+from sslbench.engine.layout import faster_layout, has_fast_bf16, vector_lanes
 from sslbench.engine.machine import respect_cpu_quota, wait_passively
 from sslbench.engine.setup import choose_layout
 
@@ -118,8 +118,8 @@ def test_channels_last_needs_channels_that_fill_a_vector(
     assert vector_lanes() == lanes
     assert faster_layout(_network(lanes), CPU) == torch.channels_last
     assert faster_layout(_network(lanes - 1), CPU) == torch.contiguous_format
-    assert faster_layout(_network(lanes), CPU, bf16=True) == torch.contiguous_format
-    assert faster_layout(_network(2 * lanes), CPU, bf16=True) == torch.channels_last
+    assert faster_layout(_network(lanes), CPU, half=True) == torch.contiguous_format
+    assert faster_layout(_network(2 * lanes), CPU, half=True) == torch.channels_last
 
 
 def test_layout_elsewhere() -> None:

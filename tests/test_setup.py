@@ -8,7 +8,8 @@ import pytest
 import torch
 
 from sslbench.config.schema import TrainOptions
-from sslbench.engine.setup import choose_bf16, prepare_torch
+from sslbench.engine.precision import choose_precision
+from sslbench.engine.setup import prepare_torch
 
 
 @pytest.fixture
@@ -32,5 +33,5 @@ def test_deterministic_kernels_do_not_fill_new_memory() -> None:
 def test_a_gpu_that_emulates_bf16_trains_in_fp32(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation=True: including_emulation)
     cuda = torch.device("cuda")
-    assert not choose_bf16(TrainOptions(precision="auto"), cuda)
-    assert choose_bf16(TrainOptions(precision="bf16"), cuda)
+    assert choose_precision(TrainOptions(precision="auto"), cuda) == "fp32"
+    assert choose_precision(TrainOptions(precision="bf16"), cuda) == "bf16"

@@ -48,6 +48,9 @@ class Conv4(Backbone):
         x = self.block4(x)
         return Features(pooled=x.mean((2, 3)), map=x, stem=stem)
 
+    def segments(self) -> list[nn.Module]:
+        return [self.block1, self.block2, self.block3, self.block4]
+
 
 @hookimpl
 def sslbench_backbones() -> list[type[Backbone]]:

@@ -18,6 +18,7 @@ class BYOL(Bootstrap):
     """Bootstrap on the whole image: one pooled vector per view."""
 
     name = "byol"
+    accumulates = True
 
     def forward(self, batch: Batch) -> dict[str, Tensor]:
         return {"loss": self.loss(batch, pool=lambda features: features.pooled)}

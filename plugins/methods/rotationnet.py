@@ -38,6 +38,7 @@ class RotationNet(Method):
     """Classifies the rotation of each image in all four of them."""
 
     name = "rotationnet"
+    accumulates = True
     Config = RotationNetConfig
     defaults: ClassVar[dict[str, Any]] = {
         "optim": {"name": "adam", "lr": 1e-3, "weight_decay": 0.0, "schedule": "constant"}

@@ -29,6 +29,7 @@ class Supervised(Method):
     """Classifies images with the labels of the pretraining split."""
 
     name = "supervised"
+    accumulates = True
     Config = SupervisedConfig
     uses_labels = True
     defaults: ClassVar[dict[str, Any]] = {

@@ -51,11 +51,24 @@ class TrainOptions(Options):
     """Stop after this many steps; the run is stamped as limited and kept out of reports."""
     device: Literal["auto", "cpu", "cuda"] = cosmetic("auto")
     """`auto`: CUDA if torch sees a device, else the CPU."""
-    precision: Literal["auto", "fp32", "bf16"] = "auto"
+    precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
     """`auto`: bf16 autocast where the hardware multiplies it (CUDA devices since Ampere, CPUs with AMX), fp32
-    elsewhere."""
+    elsewhere. `fp16`: autocast for GPUs before Ampere, with a loss scale that adapts; steps whose gradients
+    overflow are skipped, and each step waits for the device to know."""
     compile: bool = False
     """Compile the method's backbones with torch.compile."""
+    parallel: Literal["ddp", "fsdp"] = cosmetic("ddp")
+    """On several devices: each keeps the whole model (`ddp`), or its share of the parameters, gradients and
+    optimiser states of all backbones (`fsdp`: FSDP2), which come together block by block while they compute. For
+    backbones that do not fit; slower otherwise. The results are those of `ddp` but for rounding."""
+    checkpoint_activations: bool = cosmetic(False)
+    """Keep only the inputs of a backbone's blocks for the backward pass and compute the rest again: a fraction of
+    the memory, a third more time, the same results."""
+    accumulate: int = Field(1, ge=1)
+    """Compute each step's gradient from so many parts of the global batch in turn, for methods whose loss is a
+    mean over images that do not see each other. The views are those of the whole batch, and loss and gradient are
+    exactly the averages over the parts. Batch normalisation sees one part at a time, so with it the result is
+    that of smaller statistics; without it, that of the whole batch but for rounding."""
     channels_last: bool | None = None
     """Memory layout of images and weights; unset: channels-last on CUDA, and on CPUs for networks whose narrowest
     convolution fills a vector."""
@@ -76,6 +89,19 @@ class TrainOptions(Options):
             raise ValueError(f"must be true, false or a number of processes from 2 on, got {value}")
         return value
 
+    @model_validator(mode="after")
+    def _compiles_alone(self) -> TrainOptions:
+        if self.compile and self.parallel == "fsdp":
+            raise ValueError("compile and parallel 'fsdp' exclude each other: shards are fetched between blocks")
+        if self.compile and self.checkpoint_activations:
+            raise ValueError(
+                "compile and checkpoint_activations exclude each other: a compiled backbone decides by itself "
+                "what it computes again"
+            )
+        if self.accumulate > self.batch_size:
+            raise ValueError(f"accumulate must not exceed batch_size {self.batch_size}")
+        return self
+
 
 class OptimOptions(Options):
     """Optimiser and learning-rate schedule."""
@@ -85,7 +111,10 @@ class OptimOptions(Options):
     lr: float = Field(1e-3, gt=0)
     """Learning rate per `lr_per` images of the global batch; the effective value is logged too."""
     lr_per: int | None = Field(None, ge=1)
-    """Linear scaling: effective lr = lr * batch_size / lr_per; unset: lr is used as it is."""
+    """Images that `lr` is meant for: it is scaled to the global batch by `lr_rule`; unset: lr is used as it is."""
+    lr_rule: Literal["linear", "sqrt"] = "linear"
+    """`linear`: effective lr = lr * batch_size / lr_per, the rule for SGD (Goyal et al., 2017) and LARS; `sqrt`:
+    lr * sqrt(batch_size / lr_per), which adaptive optimisers follow (Krizhevsky, 2014; SimCLR, appendix B.1)."""
     momentum: float = Field(0.9, ge=0, lt=1)
     """sgd and lars."""
     nesterov: bool = False
@@ -124,6 +153,8 @@ class OptimOptions(Options):
     def _known_combinations(self) -> OptimOptions:
         if self.excluded_lr == "lr-squared" and self.name != "lars":
             raise ValueError("excluded_lr 'lr-squared' exists for name 'lars' only")
+        if self.lr_rule != "linear" and self.lr_per is None:
+            raise ValueError(f"lr_rule '{self.lr_rule}' scales by lr_per, which is not set")
         if self.nesterov and self.momentum == 0:
             raise ValueError("nesterov needs a momentum above 0")
         return self

@@ -93,6 +93,13 @@ class Watch:
         kept = {name: t for name, t in tensors.items() if t.is_floating_point() and t.numel()}
         if not kept:
             return []
-        sizes = torch.stack([torch.linalg.vector_norm(t.detach(), math.inf).double() for t in kept.values()])
+        sizes = torch.stack([_size(rows) for rows in comm.own_rows(kept.values())])
         finite = comm.all_sum(sizes).isfinite().tolist()
         return [name for name, good in zip(kept, finite, strict=True) if not good]
+
+
+def _size(rows: Tensor) -> Tensor:
+    """The largest magnitude; of a sharded tensor a rank may have no row."""
+    return (
+        torch.linalg.vector_norm(rows.detach(), math.inf).double() if rows.numel() else rows.new_zeros(()).double()
+    )

@@ -22,7 +22,7 @@ def has_fast_bf16(device: torch.device) -> bool:
     return device.type == "cpu" and supported is not None and bool(supported())
 
 
-def faster_layout(network: nn.Module, device: torch.device, *, bf16: bool = False) -> torch.memory_format:
+def faster_layout(network: nn.Module, device: torch.device, *, half: bool = False) -> torch.memory_format:
     """Channels-last wherever its kernels can fill the device's vectors.
 
     On CPUs they process the channels of one pixel together. With at least as many channels as a vector has lanes
@@ -31,14 +31,14 @@ def faster_layout(network: nn.Module, device: torch.device, *, bf16: bool = Fals
 
     Args:
         network: its narrowest convolution decides.
-        bf16: whether it computes in bfloat16, of which a vector holds twice as many.
+        half: whether it computes in numbers of 16 bits, of which a vector holds twice as many.
     """
     if device.type == "cuda":
         return torch.channels_last
     if device.type != "cpu":
         return torch.contiguous_format
     widths = [module.out_channels for module in network.modules() if isinstance(module, nn.Conv2d)]
-    wide_enough = bool(widths) and min(widths) >= vector_lanes() * (2 if bf16 else 1)
+    wide_enough = bool(widths) and min(widths) >= vector_lanes() * (2 if half else 1)
     return torch.channels_last if wide_enough else torch.contiguous_format
 
 

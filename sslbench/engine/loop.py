@@ -5,7 +5,7 @@ from __future__ import annotations
 import resource
 import time
 from collections.abc import Iterator, Mapping
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
@@ -15,9 +15,13 @@ from torch import Tensor, nn
 
 from sslbench import comm
 from sslbench.config.schema import CoreOptions
+from sslbench.engine.accumulate import gathering, part_weights, parts_of
 from sslbench.engine.divergence import Watch
 from sslbench.engine.optim import set_learning_rate
+from sslbench.engine.precision import LossScaler, Precision, autocast
 from sslbench.engine.schedule import learning_rate, peak_lr
+from sslbench.engine.shards import Shards
+from sslbench.engine.update import Update
 from sslbench.errors import PluginError
 from sslbench.plugin.api import Batch, Method, Progress, TrainingImages
 from sslbench.rng import derive_seed
@@ -159,7 +163,9 @@ class Loop:
         plan: Plan,
         observer: Observer,
         device: torch.device,
-        bf16: bool,
+        precision: Precision = "fp32",
+        scaler: LossScaler | None = None,
+        shards: Shards | None = None,
         meter: Meter | None = None,
     ) -> None:
         self.model = model
@@ -169,8 +175,10 @@ class Loop:
         self.plan = plan
         self.observer = observer
         self.device = device
-        self.bf16 = bf16
+        self.precision = precision
         self.core = plan.core
+        self.update = Update(method, optimizer, clip=self.core.train.clip_grad, scaler=scaler, shards=shards)
+        self.weights = part_weights(self.core.train.batch_size, comm.world(), self.core.train.accumulate)
         self.meter = meter or Meter()
         self.clock = Clock(self.core.train.batch_size)
         self.peak = peak_lr(self.core.optim, self.core.train.batch_size)
@@ -202,22 +210,37 @@ class Loop:
         # Dropout and the like draw from torch's generators: seeding them per step makes a resumed run exact.
         torch.manual_seed(derive_seed(self.core.run.seed, "step", progress.step, comm.rank()))
         set_learning_rate(self.optimizer, self._lr(progress.step))
-        with self._autocast():
-            output = self.model(batch)
-        if progress.step == self.plan.start_step:
-            self._check_output(output)
-        output["loss"].backward()
-        if progress.step == self.plan.start_step:
+        first = progress.step == self.plan.start_step
+        output = self._gradients(batch, first)
+        if first:
             self._check_gradients()
         self.watch.add(output, self._lr(progress.step))
-        self.method.before_step(progress)
-        if self.core.train.clip_grad:
-            nn.utils.clip_grad_norm_(self.method.parameters(), self.core.train.clip_grad)
-        self.optimizer.step()
-        self.optimizer.zero_grad(set_to_none=True)
-        self.method.after_step(progress)
+        taken = self.update.step(progress)
+        if self.precision == "fp16":
+            output["skipped"] = torch.tensor(float(not taken), device=self.device)
         self.meter.add(output)
         self.clock.steps += 1
+
+    def _gradients(self, batch: Batch, check: bool) -> dict[str, Tensor]:
+        """Go forward and backward; returns what the method reports of the whole batch."""
+        parts = list(zip(parts_of(batch, len(self.weights)), self.weights, strict=True))
+        reports = []
+        for number, (part, weight) in enumerate(parts, 1):
+            with gathering(self.model, last=number == len(parts)):
+                reports.append(self._forward_backward(part, weight, check))
+        if len(reports) == 1:
+            return reports[0]
+        return {key: torch.stack([report[key] for report in reports]).sum(dim=0) for key in reports[0]}
+
+    def _forward_backward(self, batch: Batch, weight: float, check: bool) -> dict[str, Tensor]:
+        with self._autocast():
+            output: dict[str, Tensor] = self.model(batch)
+        if check:
+            self._check_output(output)
+        if weight != 1:
+            output = {key: weight * value for key, value in output.items()}
+        self.update.backward(output["loss"])
+        return {key: value.detach() for key, value in output.items()}
 
     def _start_epoch(self, epoch: int) -> None:
         torch.manual_seed(derive_seed(self.core.run.seed, "epoch", epoch))
@@ -251,7 +274,7 @@ class Loop:
         )
 
     def _autocast(self) -> AbstractContextManager[Any]:
-        return torch.autocast(self.device.type, torch.bfloat16) if self.bf16 else nullcontext()
+        return autocast(self.precision, self.device)
 
     def _check_output(self, output: Any) -> None:
         loss = output.get("loss") if isinstance(output, dict) else None

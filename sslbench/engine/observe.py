@@ -6,16 +6,15 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from sslbench import __version__, comm
 from sslbench.config.compose import Composed
 from sslbench.config.tree import plain
 from sslbench.engine.checkpoint import BackboneMeta, CheckpointMeta
 from sslbench.engine.console import Console
 from sslbench.engine.saving import Saved, Saver
-from sslbench.engine.setup import Parts
+from sslbench.engine.setup import Parts, shards_parameters
 from sslbench.engine.stopping import StopSignal
+from sslbench.engine.trained import Trained, WholeBackbone
 from sslbench.errors import CheckpointError
 from sslbench.evaluation.probes import OnlineProbes, collapse_warning
 from sslbench.plugin.catalog import Catalog
@@ -50,7 +49,7 @@ class RunObserver:
         composed: Composed,
         catalog: Catalog,
         parts: Parts,
-        optimizer: torch.optim.Optimizer,
+        trained: Trained,
         tracker: Tracker,
         console: Console,
         stop: StopSignal,
@@ -59,7 +58,7 @@ class RunObserver:
         self.composed = composed
         self.catalog = catalog
         self.parts = parts
-        self.optimizer = optimizer
+        self.trained = trained
         self.tracker = tracker
         self.console = console
         self.stop = stop
@@ -72,7 +71,7 @@ class RunObserver:
             background=core.checkpoint.background,
         )
         self.probes = OnlineProbes(
-            parts.method.export,
+            WholeBackbone(parts.method, parts.device) if shards_parameters(core.train) else parts.method.export,
             parts.dataset,
             core.probe,
             core.data,
@@ -95,17 +94,14 @@ class RunObserver:
             self.console.warn(warning)
 
     def save(self, step: int, meter: Mapping[str, Any]) -> None:
+        # All ranks take part in putting shards together.
+        state = {"step": step, **self.trained.state(), "meter": dict(meter)}
+        backbone = self.trained.exported_state()
         if comm.rank() > 0:
             return
-        state = {
-            "step": step,
-            "method": self.parts.method.state_dict(),
-            "optimizer": self.optimizer.state_dict(),
-            "meter": dict(meter),
-        }
         steps_per_epoch = self.parts.plan.steps_per_epoch if self.parts.plan else 1
         meta = describe(self.composed, self.catalog, self.parts, step, step // steps_per_epoch)
-        self.saver.save(meta, self.parts.method.export().state_dict(), state)
+        self.saver.save(meta, backbone, state)
         self._announce(self.saver.finished())
 
     def should_stop(self) -> bool:

@@ -12,6 +12,7 @@ from torch.optim import Optimizer
 
 from sslbench.config.schema import OptimOptions
 from sslbench.engine.schedule import peak_lr
+from sslbench.engine.shards import norms
 from sslbench.engine.untraced import SGD, Adam, AdamW, Untraced
 from sslbench.errors import PluginError
 
@@ -202,11 +203,11 @@ def _adapted(weights: list[Tensor], gradients: list[Tensor], group: Mapping[str,
     """Gradients with weight decay, each tensor times its trust ratio."""
     decay = group["weight_decay"]
     updates = list(torch._foreach_add(gradients, weights, alpha=decay))
-    weight_norms = _norms(weights)
+    weight_norms = norms(weights, weights)
     if group["joint_norm"]:
-        measured = denominators = _norms(updates)
+        measured = denominators = norms(updates, weights)
     else:
-        measured = _norms(gradients)
+        measured = norms(gradients, weights)
         denominators = measured + decay * weight_norms + 1e-8
     ratios = group["trust"] * weight_norms / denominators
     # A tensor at zero takes an unscaled step, otherwise it could never leave zero.
@@ -215,8 +216,3 @@ def _adapted(weights: list[Tensor], gradients: list[Tensor], group: Mapping[str,
     ratios = torch.where(measured > 0, ratios, 0.0)
     torch._foreach_mul_(updates, list(ratios.unbind()))
     return updates
-
-
-def _norms(tensors: list[Tensor]) -> Tensor:
-    """Euclidean norms of N tensors as ``[N]``."""
-    return torch.stack(list(torch._foreach_norm(tensors)))

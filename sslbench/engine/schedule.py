@@ -8,9 +8,11 @@ from sslbench.config.schema import OptimOptions
 
 
 def peak_lr(options: OptimOptions, batch_size: int) -> float:
-    """Learning rate after warm-up for a global batch of ``batch_size`` images (linear scaling by ``lr_per``)."""
+    """Learning rate after warm-up for a global batch of ``batch_size`` images, by ``lr_per`` and ``lr_rule``."""
     if options.lr_per is None:
         return options.lr
+    if options.lr_rule == "sqrt":
+        return options.lr * math.sqrt(batch_size / options.lr_per)
     return options.lr * batch_size / options.lr_per
 
 

@@ -18,9 +18,12 @@ from sslbench.data.packed import pack
 from sslbench.data.splits import eval_split
 from sslbench.data.store import open_store
 from sslbench.data.views import ViewExecutor, expand
+from sslbench.engine.accumulate import check_accumulation, check_part_sizes
 from sslbench.engine.checkpoint import details
-from sslbench.engine.layout import faster_layout, has_fast_bf16
+from sslbench.engine.layout import faster_layout
 from sslbench.engine.loop import Plan
+from sslbench.engine.precision import Precision, choose_precision
+from sslbench.engine.recompute import checkpoint_activations
 from sslbench.errors import CheckpointError, ConfigError, DataError, LaunchError, PluginError
 from sslbench.nn.sync_norm import share_statistics
 from sslbench.plugin.api import Backbone, Build, Dataset, Method, Source, ViewSpec
@@ -45,7 +48,7 @@ class Parts:
     """The built objects of one pretraining run."""
 
     device: torch.device
-    bf16: bool
+    precision: Precision
     dataset: Dataset
     method: Method
     image_size: int
@@ -70,15 +73,10 @@ def choose_device(options: TrainOptions) -> torch.device:
     return torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
 
 
-def choose_bf16(options: TrainOptions, device: torch.device) -> bool:
-    """Whether to autocast to bfloat16."""
-    return has_fast_bf16(device) if options.precision == "auto" else options.precision == "bf16"
-
-
 def choose_layout(options: TrainOptions, device: torch.device, network: nn.Module) -> torch.memory_format:
     """Memory layout of images and weights."""
     if options.channels_last is None:
-        return faster_layout(network, device, bf16=choose_bf16(options, device))
+        return faster_layout(network, device, half=choose_precision(options, device) != "fp32")
     return torch.channels_last if options.channels_last else torch.contiguous_format
 
 
@@ -114,6 +112,13 @@ def check_requirements(composed: Composed) -> None:
             f"which backbone '{composed.backbone.name}' does not provide",
             hint="sslbench list backbones",
         )
+    check_accumulation(composed)
+    if composed.core.train.parallel == "fsdp" and not composed.method.cls.shardable:
+        raise ConfigError(
+            f"train.parallel=fsdp: method '{composed.method.name}' itself reads or writes weights of its "
+            "backbone, of which each device would have a share only",
+            hint="train.parallel=ddp, with train.checkpoint_activations=true for memory",
+        )
 
 
 def build_parts(composed: Composed, log: Callable[[str], None], start: Start | None = None) -> Parts:
@@ -127,24 +132,39 @@ def build_parts(composed: Composed, log: Callable[[str], None], start: Start | N
     """
     check_requirements(composed)
     core = composed.core
+    check_part_sizes(composed, comm.world())
     device = choose_device(core.train)
     dataset = make_dataset(composed)
     specs = composed.method.cfg.views  # type: ignore[attr-defined]
     side = image_size(specs, dataset)
     if not composed.method.cls.trains:
         method = _build_method(composed, dataset, side, start, num_images=0, steps_per_epoch=1)
-        return Parts(device, False, dataset, method.to(device), side, None, None)
+        return Parts(device, "fp32", dataset, method.to(device), side, None, None)
     loader = _make_loader(composed, dataset, specs, device, log)
     method = _build_method(composed, dataset, side, start, loader.num_images, loader.steps_per_epoch)
     layout = choose_layout(core.train, device, method)
-    method = method.to(device=device, memory_format=layout)  # type: ignore[call-overload]
+    method = _placed(method, core.train, device, layout)
     loader.views.memory_format = layout
     if comm.world() > 1:
         method = cast(Method, share_statistics(method, core.train.sync_bn, device))
     if core.train.compile:
         compile_backbones(method)
+    if core.train.checkpoint_activations:
+        checkpoint_activations(method)
     plan = Plan(core, loader.steps_per_epoch)
-    return Parts(device, choose_bf16(core.train, device), dataset, method, side, loader, plan)
+    return Parts(device, choose_precision(core.train, device), dataset, method, side, loader, plan)
+
+
+def shards_parameters(options: TrainOptions) -> bool:
+    """Whether ranks are to keep shares of the backbones' parameters; without other processes there are none."""
+    return options.parallel == "fsdp" and comm.is_active()
+
+
+def _placed(method: Method, options: TrainOptions, device: torch.device, layout: torch.memory_format) -> Method:
+    """Where and how weights lie at first: those to be sharded on the host, contiguous, which FSDP2 insists on."""
+    if shards_parameters(options):
+        return method
+    return method.to(device=device, memory_format=layout)  # type: ignore[call-overload,no-any-return]
 
 
 def _make_backbone(selection: Selection, side: int, start: Start | None) -> Backbone:

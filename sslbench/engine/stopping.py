@@ -6,7 +6,7 @@ import signal
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from types import FrameType
 from typing import Any
 
@@ -23,6 +23,7 @@ class StopSignal:
     """Notes a signal, so that the training loop can finish its step and save."""
 
     received: int | None = None
+    _asked: Callable[[], torch.Tensor] | None = field(default=None, repr=False)
 
     @contextmanager
     def listening(self) -> Iterator[None]:
@@ -36,10 +37,17 @@ class StopSignal:
         self.received = number
 
     def agreed(self) -> bool:
-        """Whether any rank was asked to stop; all ranks get the same answer."""
+        """Whether any rank was asked to stop; all ranks get the same answer at the same call.
+
+        Among several ranks it is the answer to what the call before asked, so that nobody waits for it: a signal
+        counts one call later.
+        """
         if comm.world() == 1:
             return self.received is not None
-        return bool(comm.all_sum(torch.tensor(float(self.received is not None))))
+        if self._asked is not None and bool(self._asked()):
+            return True
+        self._asked = comm.begin_sum(torch.tensor(float(self.received is not None)))
+        return False
 
 
 def stopped_by(number: int | None, message: str, hint: str) -> PreemptedError:

@@ -19,9 +19,11 @@ from sslbench.engine.evaluate import EvalOutcome, evaluate_run, finished_result,
 from sslbench.engine.loop import Loop, Meter
 from sslbench.engine.observe import Extensions, RunObserver
 from sslbench.engine.optim import build_optimizer
+from sslbench.engine.precision import loss_scaler
 from sslbench.engine.schedule import peak_lr
-from sslbench.engine.setup import Parts, Start, build_parts, prepare_torch
+from sslbench.engine.setup import Parts, Start, build_parts, prepare_torch, shards_parameters
 from sslbench.engine.stopping import StopSignal, stopped_by, stopping_at_once
+from sslbench.engine.trained import Trained
 from sslbench.errors import CheckpointError, ConfigError, DataError, DivergedError, PreemptedError, described
 from sslbench.launch.environment import launch_words
 from sslbench.launch.identity import TAG, launch_id
@@ -107,27 +109,30 @@ def _train(
     """Run the loop to its end and return the number of steps done."""
     core = composed.core
     optimizer = build_optimizer(core.optim, parts.method.param_groups(), parts.method, core.train.batch_size)
-    observer = RunObserver(composed, catalog, parts, optimizer, tracker, console, stop, extensions)
+    trained = Trained(parts.method, optimizer, loss_scaler(parts.precision, parts.device))
+    observer = RunObserver(composed, catalog, parts, trained, tracker, console, stop, extensions)
     extensions.tell("sslbench_run_started", config=composed.tree)
     if parts.loader is None or parts.plan is None:
         with observer:
             observer.save(0, Meter().state())
         return 0
-    meter = _restore(parts, optimizer, resume, console) if resume else None
+    meter = _restore(parts, trained, resume, console) if resume else None
     if resume:
         tracker.rewind(parts.plan.start_step)
     if parts.plan.start_step >= parts.plan.stop_step:
         console.info(f"The run has all its {parts.plan.start_step} steps already.")
         return parts.plan.start_step
     loop = Loop(
-        model=_data_parallel(parts),
+        model=trained.distribute(parts.device, sharded=shards_parameters(core.train)),
         method=parts.method,
         optimizer=optimizer,
         loader=parts.loader,
         plan=parts.plan,
         observer=observer,
         device=parts.device,
-        bf16=parts.bf16,
+        precision=parts.precision,
+        scaler=trained.scaler,
+        shards=trained.shards,
         meter=meter,
     )
     console.begin(composed.method.name, parts.plan.start_step, parts.plan.stop_step)
@@ -155,13 +160,7 @@ def _cure(error: DivergedError, composed: Composed, tracker: Tracker) -> Diverge
     return DivergedError(f"{error.message}; {last}", hint=f"{command}{start}, or {error.hint}")
 
 
-def _data_parallel(parts: Parts) -> torch.nn.Module:
-    if comm.world() == 1:
-        return parts.method
-    return torch.nn.parallel.DistributedDataParallel(parts.method, broadcast_buffers=False)
-
-
-def _restore(parts: Parts, optimizer: torch.optim.Optimizer, run_dir: Path, console: Console) -> Meter | None:
+def _restore(parts: Parts, trained: Trained, run_dir: Path, console: Console) -> Meter | None:
     """Bring method and optimiser to where the run was; without a checkpoint yet, to its beginning."""
     if not checkpoint.list_checkpoints(run_dir):
         console.info("The run has no checkpoint yet: it begins again with its first step.")
@@ -171,8 +170,7 @@ def _restore(parts: Parts, optimizer: torch.optim.Optimizer, run_dir: Path, cons
     state = checkpoint.load_tensors(path / checkpoint.STATE)
     assert parts.plan is not None
     try:
-        parts.method.load_state_dict(state["method"])
-        optimizer.load_state_dict(state["optimizer"])
+        trained.load(state)
         parts.plan.start_step = int(state["step"])
         meter = Meter.restore(state["meter"], parts.device)
     except (KeyError, TypeError, ValueError, RuntimeError, AttributeError) as error:
@@ -230,7 +228,7 @@ def _arithmetic_tags(parts: Parts) -> dict[str, str]:
         return {"sslbench.precision": "fp32"}
     layout = "channels-last" if parts.loader.views.memory_format == torch.channels_last else "contiguous"
     return {
-        "sslbench.precision": "bf16" if parts.bf16 else "fp32",
+        "sslbench.precision": parts.precision,
         "sslbench.layout": layout,
         "sslbench.pixels": "workers" if isinstance(parts.loader.store, DecodedStore) else "memory",
     }
@@ -266,7 +264,7 @@ def _introduction(composed: Composed, parts: Parts, tracker: Tracker) -> str:
 
 def _arithmetic(parts: Parts) -> str:
     layout = parts.loader is not None and parts.loader.views.memory_format == torch.channels_last
-    words = [f"{parts.device} in {'bf16' if parts.bf16 else 'fp32'}", *(["channels-last"] if layout else [])]
+    words = [f"{parts.device} in {parts.precision}", *(["channels-last"] if layout else [])]
     if parts.device.type == "cpu":
         threads = torch.get_num_threads()
         words.append(f"{threads} thread{'s' if threads > 1 else ''}")
@@ -279,7 +277,7 @@ def _open_tracker(
     """``start`` identifies the weights the run starts from, if it does not draw them."""
     core = composed.core
     fingerprint = parts.dataset.fingerprint()
-    precision = "bf16" if parts.bf16 else "fp32"
+    precision = parts.precision
     # Runs whose results may be averaged differ by chance only: also the same images, start and precision.
     group = (composed.group_hash(), fingerprint, start, precision)
     tags = {

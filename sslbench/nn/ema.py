@@ -9,6 +9,8 @@ from typing import Any, Self
 import torch
 from torch import nn
 
+from sslbench import comm
+
 
 class EMA(nn.Module):
     """A frozen network whose parameters trail those of an online network.
@@ -37,7 +39,8 @@ class EMA(nn.Module):
     @torch.no_grad()
     def update(self, online: nn.Module, momentum: float) -> None:
         """``target <- momentum * target + (1 - momentum) * online`` over parameters."""
-        torch._foreach_lerp_(list(self.module.parameters()), list(online.parameters()), 1 - momentum)
+        target, source = (comm.own_rows(network.parameters()) for network in (self.module, online))
+        torch._foreach_lerp_(target, source, 1 - momentum)
 
 
 def cosine_momentum(base: float, progress: float) -> float:

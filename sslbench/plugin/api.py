@@ -145,6 +145,22 @@ class Backbone(nn.Module, ABC):
     def forward(self, images: Tensor) -> Features:
         """``[B,3,H,W]`` to :class:`Features`."""
 
+    def segments(self) -> list[nn.Module]:
+        """The parts in which activations are computed again and parameters are sharded, in order.
+
+        Each must be called as a module (``part(x)``), once in a forward pass. By default, the members of lists of
+        modules (``nn.Sequential``, ``nn.ModuleList``) that have parts themselves, such as residual blocks.
+        """
+        return _composite_members(self)
+
+
+def _composite_members(module: nn.Module) -> list[nn.Module]:
+    found: list[nn.Module] = []
+    for child in module.children():
+        listed = isinstance(module, nn.Sequential | nn.ModuleList) and next(child.children(), None) is not None
+        found += [child] if listed else _composite_members(child)
+    return found
+
 
 class TrainingImages(Protocol):
     """The images a method pretrains on, for methods that look at all of them before an epoch."""
@@ -217,6 +233,14 @@ class Method(nn.Module, ABC):
     uses_labels: ClassVar[bool] = False
     trains: ClassVar[bool] = True
     """False for a method that only provides weights, such as the random control."""
+    accumulates: ClassVar[bool] = False
+    """True if the loss is an unweighted mean over images that do not see each other (but in batch normalisation),
+    and ``forward`` leaves nothing behind that a second call in the same step would overwrite. Then the gradient of
+    a batch is the average of its parts' (``train.accumulate``)."""
+    shardable: ClassVar[bool] = True
+    """False for a method that itself reads or writes weights or gradients of its backbones, other than by
+    :class:`sslbench.nn.ema.EMA`: with ``train.parallel=fsdp`` a rank has only its share of them. Heads are whole
+    on every rank."""
 
     backbone: Backbone
 

@@ -18,6 +18,7 @@ from sslbench.screen import Screen
 if TYPE_CHECKING:
     from sslbench.config.compose import Composed
     from sslbench.config.registry import Registry
+    from sslbench.config.schema import TrainOptions
     from sslbench.engine.evaluate import EvalOutcome
     from sslbench.engine.importing import Imported
     from sslbench.engine.worker import Outcome
@@ -115,8 +116,10 @@ def print_explained(composed: Composed, as_json: bool) -> None:
 def print_plan(composed: Composed, as_json: bool) -> None:
     """What a pretraining command would do."""
     from sslbench.engine.schedule import peak_lr
+    from sslbench.engine.setup import check_requirements
     from sslbench.report.describe import as_yaml
 
+    check_requirements(composed)
     core = composed.core
     plan = {
         "method": composed.method.name,
@@ -127,7 +130,12 @@ def print_plan(composed: Composed, as_json: bool) -> None:
         "global batch": core.train.batch_size,
         "optimizer": core.optim.name,
         "learning rate": f"{peak_lr(core.optim, core.train.batch_size):.6g}"
-        + (f" ({core.optim.lr:g} per {core.optim.lr_per} images)" if core.optim.lr_per else ""),
+        + (
+            f" ({core.optim.lr:g} per {core.optim.lr_per} images, {core.optim.lr_rule})"
+            if core.optim.lr_per
+            else ""
+        ),
+        "step": _step_in_words(core.train),
         "views": sum(spec.count for spec in composed.method.cfg.views),  # type: ignore[attr-defined]
         "seed": core.run.seed,
         "evaluations": list(core.run.evals),
@@ -140,6 +148,15 @@ def print_plan(composed: Composed, as_json: bool) -> None:
         shown = value if isinstance(value, str) else as_yaml(value)
         out().print(f"{key:>14}  {'-' if value is None else shown}")
     out().print(f"{'cost':>14}  sslbench plan with the same options predicts memory, hours and traffic")
+
+
+def _step_in_words(train: TrainOptions) -> str:
+    """How a step is computed, where it is not the plain way."""
+    words = [f"precision {train.precision}", f"{train.parallel} on several devices"]
+    words += [f"gradient of {train.accumulate} parts"] if train.accumulate > 1 else []
+    words += ["activations computed again"] if train.checkpoint_activations else []
+    words += ["compiled"] if train.compile else []
+    return ", ".join(words)
 
 
 def print_outcome(outcome: Outcome, as_json: bool) -> None:
