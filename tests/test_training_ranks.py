@@ -30,7 +30,11 @@ RUNS: dict[str, tuple[Any, dict[str, Any], dict[str, Any]]] = {
         {"prototypes": 5, "hidden": 9, "out_dim": 5, "freeze_steps": 2},
         {"optim": {"name": "sgd"}},
     ),
-    "recomputed": (byol.BYOL, {"hidden": 9, "out_dim": 5}, {"train": {"checkpoint_activations": True}}),
+    "recomputed": (
+        byol.BYOL,
+        {"hidden": 9, "out_dim": 5, "norm": True},
+        {"train": {"checkpoint_activations": True}, "optim": {"name": "sgd", "lr": 0.05}},
+    ),
     "accumulated": (supervised.Supervised, {}, {"train": {"accumulate": 3}, "optim": {"name": "sgd"}}),
     "fp16": (byol.BYOL, {"hidden": 9, "out_dim": 5}, {"train": {"precision": "fp16"}, "optim": {"lr": 0.01}}),
 }

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.distributed as dist
@@ -20,6 +21,7 @@ from sslbench.engine.optim import build_optimizer
 from sslbench.engine.precision import loss_scaler
 from sslbench.engine.recompute import checkpoint_activations
 from sslbench.engine.trained import Trained
+from sslbench.nn.sync_norm import share_statistics
 from sslbench.plugin.api import Backbone, Batch, Build, Features, Method, Options
 
 CPU = torch.device("cpu")
@@ -55,14 +57,14 @@ class Stacked(Backbone):
 
 
 def make(cls: type[Method], norm: bool = False, **options: Any) -> Method:
-    """Reproducible; its heads lose their batch normalisation together with the backbone."""
+    """Reproducible; its heads lose their batch normalisation together with the backbone, or all ranks share it."""
     torch.manual_seed(0)
     method = cls(cls.Config(**options), Build(lambda: Stacked(norm), BATCH, 60, STEPS, STEPS, 10))
     for module in list(method.modules()):
         for key, child in module.named_children():
             if isinstance(child, nn.BatchNorm1d) and not norm:
                 setattr(module, key, nn.Identity())
-    return method
+    return cast(Method, share_statistics(method, comm.world(), CPU)) if norm else method
 
 
 class Batches:
@@ -113,7 +115,7 @@ class Run:
 
     def train(self, start: int = 0, stop: int = STEPS, state: Mapping[str, Any] | None = None) -> Run:
         if state is not None:
-            self.trained.load(state)
+            self.trained.load(copy.deepcopy(state))
         model = self.trained.distribute(CPU, sharded=self.core.train.parallel == "fsdp")
         core = self.core.model_copy(update={"train": self.core.train.model_copy(update={"limit": stop})})
         Loop(
