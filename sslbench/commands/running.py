@@ -1,5 +1,6 @@
 """Commands that make something: pretrain, eval, import."""
 
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -75,7 +76,9 @@ def pretrain(
     items = [*extra, *(overrides or [])]
     request = LaunchRequest(devices, nnodes, node_rank, rdzv_endpoint, launch_id, max_restarts, peer_timeout)
     launching = not dry_run and request.starts_processes()
-    if not dry_run and not launching:
+    if launching:
+        _prepare_launch()
+    elif not dry_run:
         _prepare_run()
     runs = [
         compose_pretrain(session, recipe, config, [*items, *seed], resume) for seed in _seed_options(seeds, resume)
@@ -133,7 +136,9 @@ def evaluate(
         items, run = [run, *items], "last"
     request = LaunchRequest(devices, nnodes, node_rank, rdzv_endpoint, launch_id, max_restarts, peer_timeout)
     launching = not dry_run and request.starts_processes()
-    if not launching:
+    if launching:
+        _prepare_launch()
+    else:
         _prepare_run(records=not dry_run)
     from sslbench.engine.console import Console
     from sslbench.engine.evaluate import evaluate_run, plan_evaluation
@@ -214,10 +219,15 @@ def import_(
 
 def _launch(request: LaunchRequest, session: Session, train: "TrainOptions") -> int:
     """Have several processes do the command."""
-    prepare_environment()
     from sslbench.launch.launcher import launch
 
     return launch(request, session.arguments, train, session.runs)
+
+
+def _prepare_launch() -> None:
+    """The same for a process that only starts others."""
+    prepare_environment()
+    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "FATAL")  # what is wrong is said by ourselves
 
 
 def _prepare_run(*, records: bool = True) -> None:

@@ -70,7 +70,15 @@ def choose_device(options: TrainOptions) -> torch.device:
         )
     if options.device == "cpu" or not available:
         return torch.device("cpu")
-    return torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
+    number, devices = int(os.environ.get("LOCAL_RANK", 0)), torch.cuda.device_count()
+    if devices == 1:
+        number = 0  # a scheduler shows each process its own device only
+    if number >= devices:
+        raise LaunchError(
+            f"this is process {number} (from 0) of its machine, which has {devices} CUDA devices",
+            hint="start one process per device",
+        )
+    return torch.device("cuda", number)
 
 
 def choose_layout(options: TrainOptions, device: torch.device, network: nn.Module) -> torch.memory_format:

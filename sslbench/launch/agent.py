@@ -33,6 +33,7 @@ STOP_LIMIT_S = 600.0
 PEERS_LIMIT_S = 20.0
 _POLL_S = 0.05
 _VERDICT, _VERDICT_WAIT_S = "verdict", 3.0
+_LOOK_S = 1.0
 
 
 class Agent(LocalElasticAgent):
@@ -50,9 +51,15 @@ class Agent(LocalElasticAgent):
         self._asked: int | None = None
         self._passing_on = self._waiting = False
         self._ends: dict[int, End] = {}
+        self._looked = 0.0
         self.verdict: Verdict | None = None
         self.blame = ""
         """Who failed and how, in words."""
+
+    @property
+    def restarts_left(self) -> int:
+        """How often the workers may still be started again."""
+        return int(self._remaining_restarts)
 
     def asked_to_stop(self, number: int, frame: FrameType | None = None) -> None:
         """Handle a signal."""
@@ -86,7 +93,7 @@ class Agent(LocalElasticAgent):
 
     def _monitor_workers(self, worker_group: WorkerGroup) -> RunResult:
         self._poll(worker_group)
-        if self._asked is None and not self._failed() and len(self._ends) < len(worker_group.workers):
+        if self._at_work(worker_group):
             return RunResult(state=WorkerState.HEALTHY)
         self._let_end(worker_group)
         verdict = self._agree(worker_group, judge(self._ends, self._asked))
@@ -102,6 +109,18 @@ class Agent(LocalElasticAgent):
                 "All processes start again from the last checkpoint."
             )
         return RunResult(state=WorkerState.FAILED)
+
+    def _at_work(self, worker_group: WorkerGroup) -> bool:
+        if self._asked is not None or self._failed() or len(self._ends) == len(worker_group.workers):
+            return False
+        if worker_group.group_world_size == 1 or time.monotonic() < self._looked + _LOOK_S:
+            return True
+        self._looked = time.monotonic()
+        posted = self._posted(worker_group, wait=False)
+        if posted is None or not posted.final:
+            return True
+        self._signal_workers(signal.SIGTERM)  # another machine has ended, and they would wait for it
+        return False
 
     def _stop_workers(self, worker_group: WorkerGroup) -> None:
         """Also called when machines come: workers that still train then save first."""
@@ -143,17 +162,31 @@ class Agent(LocalElasticAgent):
     def _agree(self, worker_group: WorkerGroup, own: Verdict) -> Verdict:
         """What the machines think together: on one whose workers only lost contact, the cause is elsewhere."""
         self.blame = self._describe(own)
-        if worker_group.group_world_size == 1 or own.rank is None:
+        if worker_group.group_world_size == 1 or own.code == ExitCode.OK:
             return own
+        secondary = own.rank is not None and self._ends[own.rank].lost
+        posted = self._posted(worker_group, wait=secondary)
+        if posted is not None and (posted.final or secondary):
+            return own if own.rank == 0 and own.code == posted.code else posted
         store: Any = worker_group.store
         with suppress(Exception):  # the machine with the store may be the one that is gone
-            if not self._ends[own.rank].lost:
+            if not secondary:
                 store.set(_VERDICT, f"{own.code} {int(own.final)} {self.blame}")
-                return own
-            store.wait([_VERDICT], timedelta(seconds=_VERDICT_WAIT_S))
-            code, final, self.blame = store.get(_VERDICT).decode().split(" ", 2)
-            return Verdict(int(code), None, bool(int(final)))
         return own
+
+    def _posted(self, worker_group: WorkerGroup, *, wait: bool) -> Verdict | None:
+        """The verdict of another machine."""
+        store: Any = worker_group.store
+        try:
+            if not wait and not store.check([_VERDICT]):
+                return None
+            store.wait([_VERDICT], timedelta(seconds=_VERDICT_WAIT_S))
+            code, final, blame = store.get(_VERDICT).decode().split(" ", 2)
+        except (RuntimeError, ValueError):  # none, or the machine with the store is gone
+            return None
+        verdict = Verdict(int(code), None, bool(int(final)))
+        self.blame = blame or self.blame
+        return verdict
 
     def _describe(self, verdict: Verdict) -> str:
         if verdict.rank is None:

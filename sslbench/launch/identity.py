@@ -46,6 +46,16 @@ def _find(root: Path, identity: str, config_hash: str) -> Path | None:
     return None
 
 
+def name_of_run(root: Path, identity: str) -> str | None:
+    """The name of the newest run of a launch."""
+    names = [
+        record.get("name")
+        for record, _ in pretrained_runs(root)
+        if (record.get("tags") or {}).get(TAG) == identity
+    ]
+    return names[-1] if names else None
+
+
 def _is_restart(environ: Mapping[str, str]) -> bool:
     """Whether a finished run is continued, for evaluations that are left; a name used again is a new launch."""
     counts: list[Any] = [environ.get(name, "0") for name in ("TORCHELASTIC_RESTART_COUNT", "SLURM_RESTART_COUNT")]

@@ -11,6 +11,7 @@ from sslbench import comm
 from sslbench.config.schema import TrainOptions
 from sslbench.engine.setup import choose_device
 from sslbench.errors import LaunchError, SslbenchError, described
+from sslbench.launch.addresses import interface_towards
 from sslbench.launch.environment import is_worker, settle_environment
 from sslbench.launch.report import write_report
 
@@ -51,6 +52,9 @@ def joined_world(options: TrainOptions, peer_timeout: float = PEER_TIMEOUT_S) ->
 
 
 def _join(options: TrainOptions, peer_timeout: float) -> None:
+    interface = interface_towards(os.environ["MASTER_ADDR"])
+    if interface is not None:
+        os.environ.setdefault("GLOO_SOCKET_IFNAME", interface)
     try:
         comm.join(choose_device(options), peer_timeout)
     except (RuntimeError, ValueError) as error:

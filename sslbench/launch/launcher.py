@@ -11,6 +11,7 @@ import sys
 import threading
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -28,6 +29,7 @@ from sslbench.engine.machine import share_of_cores
 from sslbench.errors import ExitCode, LaunchError, SslbenchError
 from sslbench.launch import environment
 from sslbench.launch.agent import Agent, signals_go_to
+from sslbench.launch.identity import name_of_run
 from sslbench.launch.rendezvous import Rendezvous
 from sslbench.launch.report import Report, read_report
 from sslbench.launch.request import LaunchRequest, Meeting, at, meeting
@@ -57,7 +59,7 @@ def launch(request: LaunchRequest, arguments: Sequence[str], train: TrainOptions
         _announce(at(request, place), arguments, console)
     with _settings(at(request, place) if request.nnodes else request, place, folder, processes), _torch_is_quiet():
         agent = _run(request, place, arguments, folder, processes, console)
-    return _conclude(agent, folder, request)
+    return _conclude(agent, folder, request, name_of_run(runs, place.launch_id))
 
 
 def _run(
@@ -68,8 +70,26 @@ def _run(
     processes: int,
     console: Console,
 ) -> Agent:
-    rendezvous = Rendezvous(request, place)
-    spec = WorkerSpec(
+    while True:
+        rendezvous = Rendezvous(request, place)
+        agent = Agent(_workers(request, rendezvous, arguments, processes), folder, console.info)
+        try:
+            _see_through(agent, rendezvous)
+        except RendezvousConnectionError as error:
+            if rendezvous.first or agent.restarts_left == 0:
+                raise _rendezvous_failure(error, request, place) from error
+            console.info(f"The first machine ({place.host}) is gone; waiting {request.peer_timeout:g} s for it.")
+            request = replace(request, max_restarts=agent.restarts_left - 1)
+        except RendezvousError as error:
+            raise _rendezvous_failure(error, request, place) from error
+        else:
+            return agent
+
+
+def _workers(
+    request: LaunchRequest, rendezvous: Rendezvous, arguments: Sequence[str], processes: int
+) -> WorkerSpec:
+    return WorkerSpec(
         role="sslbench",
         local_world_size=processes,
         rdzv_handler=rendezvous,
@@ -78,33 +98,36 @@ def _run(
         max_restarts=request.max_restarts,
         monitor_interval=0.1,
     )
-    agent = Agent(spec, folder, console.info)
+
+
+def _see_through(agent: Agent, rendezvous: Rendezvous) -> None:
     with _handling_signals(agent):
         try:
             agent.run()
-        except RendezvousError as error:
-            raise _rendezvous_failure(error, request, place, agent) from error
         finally:
             with suppress(Exception):  # whoever had the store may be gone
                 rendezvous.shutdown()
-    return agent
 
 
-def _conclude(agent: Agent, folder: Path, request: LaunchRequest) -> int:
+def _conclude(agent: Agent, folder: Path, request: LaunchRequest, run: str | None) -> int:
     verdict = agent.verdict
-    assert verdict is not None
+    if verdict is None:
+        raise LaunchError(
+            f"the launch had its {request.nodes()[1]} machines without this one, and has ended",
+            hint="--nnodes MIN:MAX says how many may take part",
+        )
     if verdict.final and verdict.rank is None and not agent.blame:
-        shutil.rmtree(folder.parent, ignore_errors=True)
-    if verdict.final and not verdict.rank:  # all is well, the user stopped it, or rank 0 has said why
+        shutil.rmtree(folder, ignore_errors=True)
+        with suppress(OSError):  # other machines still have theirs in it
+            folder.parent.rmdir()
+    if verdict.final and (verdict.rank == 0 or not agent.blame):  # rank 0 has said why, or it was the user
         return verdict.code
-    report = read_report(folder, verdict.rank) if verdict.rank else None
+    report = read_report(folder, verdict.rank) if verdict.rank is not None else None
     if verdict.final:
         raise _as_told(agent.blame, report, verdict.code)
     restarts = f" after {request.max_restarts} restarts" if request.max_restarts else ""
-    raise LaunchError(
-        f"{agent.blame}{restarts}",
-        hint=f"what was saved is kept: sslbench pretrain --resume last {request.words()}   goes on from there",
-    )
+    again = f"sslbench pretrain --resume {shlex.quote(run)} {request.words()}" if run else "give the command again"
+    raise LaunchError(f"{agent.blame}{restarts}", hint=f"see to the cause, then: {again}")
 
 
 def _as_told(blame: str, report: Report | None, code: int) -> SslbenchError:
@@ -115,9 +138,7 @@ def _as_told(blame: str, report: Report | None, code: int) -> SslbenchError:
     return error
 
 
-def _rendezvous_failure(
-    error: RendezvousError, request: LaunchRequest, place: Meeting, agent: Agent
-) -> LaunchError:
+def _rendezvous_failure(error: RendezvousError, request: LaunchRequest, place: Meeting) -> LaunchError:
     where = f"{place.host}:{place.port}"
     if isinstance(error, RendezvousTimeoutError):
         return LaunchError(
@@ -175,12 +196,11 @@ def _settings(request: LaunchRequest, place: Meeting, folder: Path, processes: i
         environment.OPTIONS: request.words(),
         "TORCHELASTIC_SIGNALS_TO_HANDLE": "",  # the agent has its own
     }
-    defaults = {
-        "OMP_NUM_THREADS": str(share_of_cores(processes)),
-        "TORCH_CPP_LOG_LEVEL": "ERROR",  # what is wrong is said by ourselves
-    }
     before = dict(os.environ)
-    os.environ.update(settings | {name: value for name, value in defaults.items() if name not in before})
+    os.environ.update(settings)
+    if os.environ.get("TORCH_CPP_LOG_LEVEL") == "FATAL":
+        os.environ["TORCH_CPP_LOG_LEVEL"] = "ERROR"  # FATAL is for this process, see _prepare_launch
+    os.environ.setdefault("OMP_NUM_THREADS", str(share_of_cores(processes)))
     try:
         yield
     finally:

@@ -9,8 +9,10 @@ from __future__ import annotations
 import json
 import os
 import socket
+import time
+from contextlib import suppress
 from datetime import timedelta
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from torch._C._distributed_c10d import HashStore, Store, TCPStore
 from torch.distributed.elastic.rendezvous import (
@@ -23,11 +25,13 @@ from torch.distributed.elastic.rendezvous.c10d_rendezvous_backend import C10dRen
 from torch.distributed.elastic.rendezvous.dynamic_rendezvous import create_handler
 
 from sslbench.errors import LaunchError
-from sslbench.launch.request import LaunchRequest, Meeting, free_port, is_own_address, own_address
+from sslbench.launch.addresses import free_port, is_own_address, own_address
+from sslbench.launch.request import LaunchRequest, Meeting
 
 #: Workers then meet at a port of their own, see above. Asked by torch for every rendezvous.
 _SHARE_STORE = "TORCH_DISABLE_SHARE_RDZV_TCP_STORE"
 _ANSWER_S = 60.0
+_ATTEMPT_S = 5.0  # Ctrl-C is not heard in between
 _LAST = 1 << 20
 
 
@@ -47,15 +51,15 @@ class Rendezvous(RendezvousHandler):
     def __init__(self, request: LaunchRequest, place: Meeting) -> None:
         fewest, most = request.nodes()
         self._single = most == 1
-        self._first = self._single or is_own_address(place.host)
+        self.first = self._single or is_own_address(place.host)
         self._node = Node(
-            (0 if self._first else _LAST) if request.node_rank is None else request.node_rank,
-            place.host if self._first else own_address(place.host),
+            (0 if self.first else _LAST) if request.node_rank is None else request.node_rank,
+            place.host if self.first else own_address(place.host),
             socket.gethostname(),
             os.getpid(),
         )
         self.nodes: list[Node] = [self._node]
-        store = HashStore() if self._single else _meet(place, hosting=self._first)
+        store = HashStore() if self._single else _meet(place, self.first, request.peer_timeout)
         wait = max(1, round(request.peer_timeout))
         parameters = RendezvousParameters(
             backend="c10d",
@@ -106,22 +110,28 @@ class Rendezvous(RendezvousHandler):
         return self._inner.shutdown()
 
 
-def _meet(place: Meeting, *, hosting: bool) -> Store:
+def _meet(place: Meeting, hosting: bool, wait: float) -> Store:
     """The store on the first machine; another launcher of that machine may have it already."""
-    error: Any = None
-    for first in [True, False] if hosting else [False]:
-        try:
-            return TCPStore(
-                place.host,
-                place.port,
-                is_master=first,
-                multi_tenant=True,
-                wait_for_workers=False,
-                timeout=timedelta(seconds=_ANSWER_S),
+    deadline = time.monotonic() + wait
+    while True:
+        for first in [True, False] if hosting else [False]:
+            with suppress(ValueError, RuntimeError):
+                return _store(place, first)
+        if time.monotonic() > deadline:
+            raise LaunchError(
+                f"nobody answers at {place.host}:{place.port} (--rdzv-endpoint)",
+                hint="start the command on the machine with this address, and see that the port is open",
             )
-        except (ValueError, RuntimeError) as problem:
-            error = problem
-    raise LaunchError(
-        f"nobody answers at {place.host}:{place.port} (--rdzv-endpoint)",
-        hint="start the command on the machine with this address first, and see that the port is open",
-    ) from error
+
+
+def _store(place: Meeting, first: bool) -> Store:
+    store = TCPStore(
+        place.host,
+        place.port,
+        is_master=first,
+        multi_tenant=True,
+        wait_for_workers=False,
+        timeout=timedelta(seconds=_ATTEMPT_S),
+    )
+    store.set_timeout(timedelta(seconds=_ANSWER_S))
+    return store

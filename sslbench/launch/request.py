@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import os
 import re
-import socket
 import uuid
 from collections.abc import Mapping
-from contextlib import closing
 from dataclasses import dataclass, replace
 
 from sslbench.errors import ConfigError, LaunchError
+from sslbench.launch.addresses import free_port, own_address
 from sslbench.launch.environment import (
     VARIABLES,
     first_host,
@@ -159,32 +158,3 @@ def at(request: LaunchRequest, place: Meeting) -> LaunchRequest:
 def new_launch_id() -> str:
     """An id that no other launch has."""
     return uuid.uuid4().hex[:12]
-
-
-def own_address(towards: str = "192.0.2.1") -> str:
-    """This machine's address on the way to another one. Nothing is sent."""
-    try:
-        family = socket.getaddrinfo(towards, 9)[0][0]
-        with closing(socket.socket(family, socket.SOCK_DGRAM)) as probe:
-            probe.connect((towards, 9))
-            return str(probe.getsockname()[0])
-    except OSError:  # no route: a machine of its own
-        return "127.0.0.1"
-
-
-def is_own_address(host: str) -> bool:
-    """Whether this machine has the address, and so can listen on it."""
-    try:
-        family, kind, _, _, address = socket.getaddrinfo(host, 0, type=socket.SOCK_STREAM)[0]
-        with closing(socket.socket(family, kind)) as probe:
-            probe.bind(address)
-    except OSError:
-        return False
-    return True
-
-
-def free_port() -> int:
-    """A port that nobody uses now."""
-    with closing(socket.socket()) as probe:
-        probe.bind(("", 0))
-        return int(probe.getsockname()[1])

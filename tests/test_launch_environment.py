@@ -1,0 +1,230 @@
+"""Who joins whom: variables of torchrun and of Slurm, options of the launcher, and what ends of workers mean."""
+
+from __future__ import annotations
+
+import signal
+from pathlib import Path
+
+import pytest
+
+from sslbench.errors import ConfigError, LaunchError, SslbenchError
+from sslbench.launch.addresses import free_port, is_own_address, own_address
+from sslbench.launch.environment import LAUNCH, first_host, settle_environment, tasks_of_step
+from sslbench.launch.identity import launch_id
+from sslbench.launch.report import Report, read_report, report_file, write_report
+from sslbench.launch.request import LaunchRequest, at, meeting
+from sslbench.launch.verdict import End, Verdict, judge
+
+STEP = {
+    "SLURM_JOB_ID": "1042",
+    "SLURM_STEP_ID": "0",
+    "SLURM_NTASKS": "4",
+    "SLURM_STEP_NUM_TASKS": "4",
+    "SLURM_PROCID": "3",
+    "SLURM_LOCALID": "1",
+    "SLURM_STEP_NODELIST": "gpu[07-08]",
+}
+
+
+def test_a_task_of_srun_finds_its_place() -> None:
+    environ = dict(STEP)
+    assert settle_environment(environ)
+    assert environ["RANK"] == "3"
+    assert environ["WORLD_SIZE"] == "4"
+    assert environ["LOCAL_RANK"] == "1"
+    assert environ["MASTER_ADDR"] == "gpu07"
+    assert 1024 < int(environ["MASTER_PORT"]) < 32768
+
+
+def test_all_tasks_of_a_step_agree_on_a_port_that_another_step_does_not_use() -> None:
+    first, second, other = (dict(STEP, SLURM_PROCID=rank) for rank in "012")
+    other["SLURM_STEP_ID"] = "1"
+    for environ in (first, second, other):
+        settle_environment(environ)
+    assert first["MASTER_PORT"] == second["MASTER_PORT"] != other["MASTER_PORT"]
+
+
+def test_what_the_user_says_about_the_meeting_place_stays() -> None:
+    environ = STEP | {"MASTER_ADDR": "login", "MASTER_PORT": "29500"}
+    settle_environment(environ)
+    assert (environ["MASTER_ADDR"], environ["MASTER_PORT"]) == ("login", "29500")
+
+
+@pytest.mark.parametrize(
+    "changed",
+    [
+        {"SLURM_STEP_ID": None},  # a batch script
+        {"SLURM_STEP_ID": "4294967291"},  # as newer versions number it
+        {"SLURM_STEP_ID": "4294967290"},  # an interactive shell
+        {"SLURM_STEP_NUM_TASKS": "1"},  # srun --ntasks=1
+        {"SLURM_STEP_NUM_TASKS": None, "SLURM_NTASKS": "1"},
+        dict.fromkeys(STEP),  # no Slurm at all
+    ],
+)
+def test_a_bare_command_in_a_batch_script_joins_nobody(changed: dict[str, str | None]) -> None:
+    environ = {name: value for name, value in (STEP | changed).items() if value is not None}
+    before = dict(environ)
+    assert not settle_environment(environ)
+    assert environ == before
+
+
+def test_a_slurm_step_that_lacks_variables_names_them() -> None:
+    environ = {name: STEP[name] for name in STEP if name not in ("SLURM_LOCALID", "SLURM_STEP_NODELIST")}
+    with pytest.raises(LaunchError, match=r"4 tasks .* lacks SLURM_LOCALID, SLURM_STEP_NODELIST"):
+        settle_environment(environ)
+
+
+def test_variables_of_torchrun_win_over_those_of_slurm() -> None:
+    ours = {"RANK": "0", "WORLD_SIZE": "2", "LOCAL_RANK": "0", "MASTER_ADDR": "a", "MASTER_PORT": "1"}
+    environ = STEP | ours
+    assert settle_environment(environ)
+    assert {name: environ[name] for name in ours} == ours
+
+
+def test_a_variable_that_is_no_number_is_named() -> None:
+    with pytest.raises(LaunchError, match="RANK=first"):
+        settle_environment(
+            {"RANK": "first", "WORLD_SIZE": "2", "LOCAL_RANK": "0", "MASTER_ADDR": "a", "MASTER_PORT": "1"}
+        )
+
+
+@pytest.mark.parametrize(
+    ("nodes", "first"),
+    [
+        ("gpu1", "gpu1"),
+        ("gpu1,gpu2", "gpu1"),
+        ("gpu[03-05,9],login1", "gpu03"),
+        ("gpu[12,14]", "gpu12"),
+        ("r[1-2]n[01-04]-ib,x", "r1n01-ib"),
+        ("rack-a-[007-009]", "rack-a-007"),
+        ("", ""),
+    ],
+)
+def test_the_first_host_of_a_node_list(nodes: str, first: str) -> None:
+    assert first_host(nodes) == first
+
+
+def test_the_tasks_of_a_step() -> None:
+    assert tasks_of_step(STEP) == 4
+    assert tasks_of_step({}) == 1
+
+
+def test_what_identifies_a_launch() -> None:
+    assert launch_id({}) is None
+    assert launch_id(STEP) == "slurm-1042.0"
+    assert launch_id({"TORCHELASTIC_RUN_ID": "mine"}) == "mine"
+    assert launch_id({LAUNCH: "ours", "TORCHELASTIC_RUN_ID": "mine"}) == "ours"
+    unnamed = launch_id({"TORCHELASTIC_RUN_ID": "none"})
+    assert unnamed == launch_id({"TORCHELASTIC_RUN_ID": "none"}) != "none"
+
+
+@pytest.mark.parametrize(
+    ("request_", "environ", "message"),
+    [
+        (LaunchRequest(devices="2", nnodes="0"), {}, "neither a number nor MIN:MAX"),
+        (LaunchRequest(devices="2", nnodes="3:2"), {}, "neither a number nor MIN:MAX"),
+        (LaunchRequest(rdzv_endpoint="auto"), {}, "--rdzv-endpoint is for several machines"),
+        (LaunchRequest(devices="2"), STEP, "each of 4 Slurm tasks"),
+        (
+            LaunchRequest(devices="2"),
+            dict.fromkeys(("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"), "1"),
+            "already started by a launcher",
+        ),
+    ],
+)
+def test_options_that_do_not_fit(request_: LaunchRequest, environ: dict[str, str], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        request_.starts_processes(environ)
+
+
+def test_who_starts_processes() -> None:
+    assert LaunchRequest(devices="2").starts_processes({})
+    assert LaunchRequest(devices="1", nnodes="2").starts_processes({})
+    assert not LaunchRequest(devices="1").starts_processes({})
+    assert not LaunchRequest().starts_processes({})
+    assert not LaunchRequest(devices="2").starts_processes({LAUNCH: "x"}), "a worker has the same command line"
+
+
+@pytest.mark.parametrize(
+    ("devices", "gpus", "message", "code"),
+    [
+        ("4", 2, "this machine has 2 CUDA devices", 6),
+        ("1", 0, "this machine has 0 CUDA devices", 6),
+        ("auto", None, "this run uses the CPU", 2),
+        ("two", None, "neither a number nor auto", 2),
+        ("0", None, "neither a number nor auto", 2),
+    ],
+)
+def test_devices_that_are_not_there(devices: str, gpus: int | None, message: str, code: int) -> None:
+    with pytest.raises(SslbenchError, match=message) as caught:
+        LaunchRequest(devices=devices).processes(gpus)
+    assert caught.value.exit_code == code
+
+
+def test_auto_takes_every_cuda_device() -> None:
+    assert LaunchRequest(devices="auto").processes(8) == 8
+    assert LaunchRequest(devices="3").processes(None) == 3
+
+
+def test_machines_meet_where_the_user_says() -> None:
+    with pytest.raises(ConfigError, match="--nnodes 2 needs a place"):
+        meeting(LaunchRequest(devices="1", nnodes="2"), {})
+    with pytest.raises(ConfigError, match="not HOST:PORT"):
+        meeting(LaunchRequest(devices="1", nnodes="2", rdzv_endpoint="somewhere"), {})
+    typed = LaunchRequest(devices="1", nnodes="2", rdzv_endpoint="10.0.0.1:29400")
+    assert meeting(typed, {}).launch_id == meeting(typed, {}).launch_id
+    place = meeting(LaunchRequest(devices="1", nnodes="2", rdzv_endpoint="auto"), {})
+    assert place.announced
+    assert is_own_address(place.host)
+    typed = at(LaunchRequest(devices="1", nnodes="2", rdzv_endpoint="auto"), place)
+    assert meeting(typed, {}) == meeting(typed, {})
+    assert (meeting(typed, {}).host, meeting(typed, {}).port) == (place.host, place.port)
+
+
+def test_launchers_of_a_slurm_step_meet_without_being_told() -> None:
+    places = [meeting(LaunchRequest(devices="8", nnodes="4"), dict(STEP, SLURM_PROCID=n)) for n in "03"]
+    assert places[0] == places[1]
+    assert places[0].host == "gpu07"
+
+
+def test_addresses_of_this_machine() -> None:
+    assert is_own_address("127.0.0.1")
+    assert is_own_address(own_address())
+    assert not is_own_address("192.0.2.7")
+    assert 0 < free_port() < 65536
+
+
+LOST = Report("Launch error", "rank 0: rank 1 is gone", None, lost=True)
+TOLD = Report("Data error", "no images", "look for them", lost=False)
+KILLED = -signal.SIGKILL
+
+
+@pytest.mark.parametrize(
+    ("ends", "asked", "verdict"),
+    [
+        ({0: End(0), 1: End(0)}, None, Verdict(0, None, final=True)),
+        ({0: End(6, LOST), 1: End(KILLED)}, None, Verdict(6, 1, final=False)),
+        ({0: End(6, LOST), 1: End(KILLED, None, cleared=True)}, None, Verdict(6, 0, final=False)),
+        ({0: End(1), 1: End(6, LOST)}, None, Verdict(6, 0, final=False)),
+        ({0: End(6, LOST), 1: End(4, TOLD)}, None, Verdict(4, 1, final=True)),
+        ({0: End(7), 1: End(7)}, None, Verdict(7, 0, final=True)),
+        ({0: End(6), 1: End(6, LOST)}, None, Verdict(6, 0, final=True)),
+        ({0: End(75), 1: End(75)}, None, Verdict(75, 0, final=True)),
+        ({0: End(75), 1: End(75)}, signal.SIGTERM, Verdict(75, None, final=True)),
+        ({0: End(130), 1: End(75)}, signal.SIGINT, Verdict(130, None, final=True)),
+        ({0: End(-signal.SIGTERM), 1: End(6, LOST)}, signal.SIGTERM, Verdict(75, None, final=True)),
+        ({0: End(5, TOLD), 1: End(75)}, signal.SIGUSR1, Verdict(5, 0, final=True)),
+        ({0: End(0), 1: End(0)}, signal.SIGTERM, Verdict(0, None, final=True)),
+    ],
+)
+def test_what_ends_of_workers_mean(ends: dict[int, End], asked: int | None, verdict: Verdict) -> None:
+    assert judge(ends, asked) == verdict
+
+
+def test_a_worker_tells_its_launcher_why_it_ended(tmp_path: Path) -> None:
+    environ = {"SSLBENCH_LAUNCH_FOLDER": str(tmp_path), "RANK": "1"}
+    write_report(LaunchError("over", hint="again"), lost=True, environ=environ)
+    assert read_report(tmp_path, 1) == Report("Launch error", "over", "again", lost=True)
+    report_file(tmp_path, 1).write_text("{")
+    assert read_report(tmp_path, 1) is None
+    write_report(LaunchError("over"), lost=False, environ={})
