@@ -25,6 +25,7 @@ from sslbench.errors import ExitCode
 
 _DECISION_S = 600.0
 _GRACE_S = 600.0
+_AFTER_THE_FIRST_S = 30.0
 _PR_SET_PDEATHSIG = 1
 
 
@@ -99,6 +100,9 @@ class RunJob:
             time.sleep(_GRACE_S)
         if code == ExitCode.OK or (code == ExitCode.PREEMPTED and task.rank > 0):
             return code
+        if task.rank > 0:
+            # The end of one task ends all, and the first one may be on its way back into the queue.
+            time.sleep(_AFTER_THE_FIRST_S)
         raise FailedRun(code)
 
     def checkpoint(self) -> Any:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 import shutil
 import time
@@ -18,6 +19,9 @@ from sslbench.launch.slurm_job import RunJob
 Cluster = Literal["slurm", "local"]
 
 _POLL_S = 1.0
+_OF_A_JOB = ("SLURM_", "SLURMD_", "SRUN_", "SUBMITIT_")
+_OF_THE_SITE = ("SLURM_CONF", "SLURM_CLUSTERS")
+_OF_A_LAUNCH = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 _MINUTES_PER_HOUR = 60
 
 
@@ -187,7 +191,7 @@ def submit(
 
     jobs = [_job(line, folder, resources) for line in lines]
     kind = submitit.SlurmExecutor if cluster == "slurm" else submitit.LocalExecutor
-    with _reserved(folder), _refusals(), submitit.helpers.clean_env():
+    with _reserved(folder), _refusals(), _outside_of_jobs():
         executor = kind(folder, max_num_timeout=resources.requeues)
         executor.update_parameters(**told)
         sent = executor.submit_array(jobs)
@@ -214,6 +218,20 @@ def _reserved(folder: Path) -> Iterator[None]:
     except BaseException:
         shutil.rmtree(folder, ignore_errors=True)
         raise
+
+
+@contextmanager
+def _outside_of_jobs() -> Iterator[None]:
+    """A job that is submitted within another one shall not take itself for a part of that.
+
+    submitit has this too, but hides where the cluster's configuration is, and the user's defaults, as well.
+    """
+    ours = [name for name in os.environ if name.startswith(_OF_A_JOB) and name not in _OF_THE_SITE]
+    hidden = {name: os.environ.pop(name) for name in [*ours, *_OF_A_LAUNCH] if name in os.environ}
+    try:
+        yield
+    finally:
+        os.environ.update(hidden)
 
 
 @contextmanager
