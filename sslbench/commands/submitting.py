@@ -14,7 +14,7 @@ from sslbench.commands.options import AsJson, DryRun, Session
 from sslbench.errors import ConfigError, ExitCode
 
 if TYPE_CHECKING:
-    from sslbench.launch.submission import Ending, JobLine, Submitted
+    from sslbench.launch.submission import Cluster, Ending, JobLine, Submitted
 
 JOBS = ".jobs"
 
@@ -102,7 +102,7 @@ def submit(
     elif not wait:
         print_json([_described(one, None) for one in submitted])
     if wait:
-        _wait(submitted, as_json)
+        _wait(chosen, submitted, as_json)
 
 
 def _pairs(words: Sequence[str]) -> dict[str, str]:
@@ -134,7 +134,7 @@ def _print_plan(cluster: str, folder: Path, told: dict[str, Any], lines: Sequenc
     for key, value in {"cluster": cluster, "folder": folder, **told}.items():
         out().print(f"{key:>22}  {value}", markup=False)
     for text in commands:
-        out().print(f"{'job':>22}  {text}", markup=False)
+        out().print(f"{'job':>22}  {text}", markup=False, soft_wrap=True)
 
 
 def _described(one: Submitted, ending: Ending | None) -> dict[str, Any]:
@@ -162,14 +162,14 @@ def _next(cluster: str, jobs: Sequence[Submitted]) -> list[str]:
     return [f"next    {watch}", f"        tail -f {shlex.quote(str(first.log))}", f"        {end}   ends them all"]
 
 
-def _wait(jobs: Sequence[Submitted], as_json: bool) -> None:
+def _wait(cluster: Cluster, jobs: Sequence[Submitted], as_json: bool) -> None:
     """Show each job's end, and end with the exit code of the first that failed."""
     from sslbench.engine.console import Console
     from sslbench.launch.submission import wait
     from sslbench.report.listing import print_json
 
     console, endings = Console(), {}
-    for one, ending in wait(jobs):
+    for one, ending in wait(cluster, jobs):
         endings[one.id] = ending
         console.info(f"{one.id}  {one.line.name}  exit code {ending.code}")
         if ending.code:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import re
 import shutil
+import subprocess
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -19,6 +20,9 @@ from sslbench.launch.slurm_job import RunJob
 Cluster = Literal["slurm", "local"]
 
 _POLL_S = 1.0
+_QUEUE_S = 15.0
+_LATE_FILES_S = 5.0
+"""A network file system may show a finished job's result some seconds after the job has left the queue."""
 _OF_A_JOB = ("SLURM_", "SLURMD_", "SRUN_", "SUBMITIT_")
 _OF_THE_SITE = ("SLURM_CONF", "SLURM_CLUSTERS")
 _OF_A_LAUNCH = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
@@ -247,22 +251,48 @@ def _refusals() -> Iterator[None]:
         ) from error
 
 
-def wait(submitted: Sequence[Submitted]) -> Iterator[tuple[Submitted, Ending]]:
+def wait(cluster: Cluster, submitted: Sequence[Submitted]) -> Iterator[tuple[Submitted, Ending]]:
     """Each job as it ends."""
-    left = list(submitted)
+    left, looked = list(submitted), time.monotonic()
     while left:
-        for one in [one for one in left if one.job.done()]:
+        gone = [one for one in left if _has_results(one) or (cluster == "local" and one.job.done())]
+        if cluster == "slurm" and not gone and time.monotonic() - looked > _QUEUE_S:
+            gone, looked = _not_queued(left), time.monotonic()
+        for one in gone:
             left.remove(one)
             yield one, _ending(one)
         time.sleep(_POLL_S if left else 0)
 
 
+def _results(one: Submitted) -> list[Path]:
+    return [Path(one.job.task(number).paths.result_pickle) for number in range(one.job.num_tasks)]
+
+
+def _has_results(one: Submitted) -> bool:
+    return all(path.exists() for path in _results(one))
+
+
+def _not_queued(jobs: Sequence[Submitted]) -> list[Submitted]:
+    """Those that Slurm has no more: killed, perhaps. squeue is asked since accounting is not everywhere."""
+    told = subprocess.run(
+        ["squeue", "--noheader", "--me", "--array", "--format=%i"], capture_output=True, text=True
+    )
+    if told.returncode:
+        return []
+    queued = set(told.stdout.split())
+    return [one for one in jobs if one.id not in queued]
+
+
 def _ending(one: Submitted) -> Ending:
-    error = one.job.exception()
-    if error is None:
-        return Ending(ExitCode.OK, "")
-    found = re.search(r"FailedRun: exit code (\d+)", str(error))
-    return Ending(int(found[1]) if found else ExitCode.LAUNCH, _tail(one.log, str(error)))
+    """The exit code of the first task that failed."""
+    from submitit.core.utils import pickle_load
+
+    for path in _results(one):
+        outcome, what = pickle_load(path) if path.exists() else ("error", "")
+        if outcome == "error":
+            found = re.search(r"FailedRun: exit code (\d+)", what)
+            return Ending(int(found[1]) if found else ExitCode.LAUNCH, _tail(one.log, what))
+    return Ending(ExitCode.OK, "")
 
 
 def _tail(log: Path, otherwise: str, lines: int = 20) -> str:
