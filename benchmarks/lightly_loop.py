@@ -39,7 +39,7 @@ class Images(Dataset[Any]):
     """uint8 images in memory, as torchvision's CIFAR10 has them; an epoch outlasts any window."""
 
     def __init__(self, path: str, transform: Callable[[Image.Image], list[Tensor]]) -> None:
-        self.images = np.load(path)
+        self.images = np.load(path, allow_pickle=False)
         self.transform = transform
 
     def __len__(self) -> int:
@@ -141,7 +141,7 @@ def main() -> None:
     options = parse()
     device = torch.device(options.device)
     waits = torch.cuda.synchronize if device.type == "cuda" else lambda: None
-    side = np.load(options.images, mmap_mode="r").shape[1]
+    side = np.load(options.images, mmap_mode="r", allow_pickle=False).shape[1]
     data = Images(options.images, transform(options.method, side, options.size or side))
     loader = DataLoader(data, options.batch, shuffle=True, drop_last=True, num_workers=options.workers)
     backbone = conv4() if options.backbone == "conv4" else resnet(options.backbone, side)

@@ -32,7 +32,7 @@ class ArrayImages(Dataset):
 
     def __init__(self, cfg: Options) -> None:
         super().__init__(cfg)
-        pixels = torch.from_numpy(np.load(cast(ArrayOptions, cfg).images))
+        pixels = torch.from_numpy(np.load(cast(ArrayOptions, cfg).images, allow_pickle=False))
         self._pixels = pixels.permute(0, 3, 1, 2).contiguous()
 
     @property

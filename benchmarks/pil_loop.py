@@ -35,7 +35,7 @@ class Views(Dataset[list[Tensor]]):
     """K views of each image, one after another; an epoch outlasts any window."""
 
     def __init__(self, path: str, views: int) -> None:
-        self.images = np.load(path)
+        self.images = np.load(path, allow_pickle=False)
         self.views = views
         self.transform = transforms.Compose(
             [

@@ -25,7 +25,9 @@ from sslbench.plugin.api import Dataset, DatasetInfo
 
 def _dtype(code: str, *_flags: int) -> np.dtype[Any]:
     """The files give numpy's align and copy flags as numbers, which numpy 2.4 warns about."""
-    return np.dtype(code)
+    if code not in ("u1", "uint8"):
+        raise pickle.UnpicklingError(f"a CIFAR file does not contain arrays of {code!r}")
+    return np.dtype(np.uint8)
 
 
 class _CifarUnpickler(pickle.Unpickler):

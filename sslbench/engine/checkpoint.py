@@ -27,7 +27,7 @@ from pathlib import Path
 from typing import Any, cast
 
 import torch
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from sslbench.config.options import Options
 from sslbench.config.validate import validate_section
@@ -44,7 +44,7 @@ class BackboneMeta(BaseModel):
 
     name: str
     options: dict[str, Any]
-    image_size: int
+    image_size: int = Field(ge=1, le=16_384)
     """Side in pixels of the largest view it was trained with; the default side for evaluations."""
     dim: int
     stride: int
@@ -214,15 +214,27 @@ def load_tensors(file: Path, *, mapped: bool = False) -> dict[str, Any]:
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", UserWarning)  # about pickle protocols of foreign files
-            mapped = mapped and zipfile.is_zipfile(file)  # other formats are read, and refused, without mapping
+            if zipfile.is_zipfile(file):
+                _check_stored(file)
+            else:
+                mapped = False  # other formats are read, and refused, without mapping
             return cast("dict[str, Any]", torch.load(file, map_location="cpu", weights_only=True, mmap=mapped))
     except pickle.UnpicklingError as error:  # torch would advise to load it without this protection
         raise CheckpointError(
             f"{file} cannot be read: it is damaged, or holds more than tensors and plain values and could run code"
         ) from error
+    except CheckpointError:
+        raise
     # A damaged archive makes torch raise nearly anything.
     except Exception as error:
         raise CheckpointError(f"{file} cannot be loaded: {_first_line(error)}") from error
+
+
+def _check_stored(file: Path) -> None:
+    """torch never compresses: a compressed file could unpack to a thousand times its size."""
+    with zipfile.ZipFile(file) as archive:
+        if any(member.compress_type != zipfile.ZIP_STORED for member in archive.infolist()):
+            raise CheckpointError(f"{file} is refused: its tensors are compressed, which torch.save does not do")
 
 
 def load_backbone(path: Path, catalog: Catalog) -> tuple[Backbone, CheckpointMeta]:
