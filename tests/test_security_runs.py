@@ -90,7 +90,7 @@ def test_a_run_of_somebody_else_talks_to_nobody_and_writes_nowhere_else(
     edit(given / "sync.json", uri=stranger.uri, store_run_id="0" * 32, artifact_uri=str(target / "autostart"))
     (given / "evals").mkdir(exist_ok=True)
     (given / "evals" / "private.json").symlink_to("/etc/hostname")
-    command(f"eval knn {given} k=[3]")
+    command(f"eval knn {given} k=3")
     command(f"sync {given}", code=1)  # our own store is out of reach in these tests
     command(f"pretrain --resume {given} train.limit=2")
     assert stranger.calls == []
@@ -173,7 +173,7 @@ def test_a_screen_shows_what_would_steer(capsys: pytest.CaptureFixture[str]) -> 
     shown = capsys.readouterr().out
     assert "\x1b]" not in shown
     assert "\x1b[31mred" not in shown.replace("\x1b[31m\\x1b", "")
-    assert "\\x1b]0;owned\\x07\\x1b[31mred\\u202egnp" in shown
+    assert shown.count("\\x1b]0;owned") == shown.count("\\x1b[31mred\\u202egnp") == 4
     assert "[bold red]loud" in shown
 
 
@@ -234,8 +234,8 @@ def test_a_shared_configuration_imports_and_installs_nothing(
     ):
         (workdir / "shared.yaml").write_text(text)
         (workdir / "runs").mkdir(exist_ok=True)
-        code = command("config --method simclr --config shared.yaml", code=_refused(text)).code
-        assert code in (2, 3)
+        method = "" if text.startswith("method") else "--method simclr"
+        command(f"config {method} --config shared.yaml", code=_refused(text))
         assert not (workdir / "mark").exists(), text
     assert "evil" not in set(sys.modules) - before
     command("config --method simclr -p evil.py", code=0)
@@ -253,16 +253,14 @@ def test_a_registry_names_recipes_and_no_code(command: Command, workdir: Path) -
     (workdir / "registry.yaml").write_text(
         "version: 1\nrecipes: {x: {summary: s, source: s, config: {method: {name: evil.py}}}}\n"
     )
-    command("config --recipe x", code=3)
+    command("config --recipe x --backbone conv4 --dataset digits", code=3)
     assert not (workdir / "mark").exists()
 
 
 def test_a_label_cannot_put_results_elsewhere(command: Command, workdir: Path) -> None:
     make_images(workdir / "photos")
     line = "dataset.label=../../../../out dataset.root=photos --dataset folder"
-    command(
-        f"pretrain {METHOD} {line} train.batch_size=8 train.epochs=1 run.evals=[knn] evals.knn.k=[1] run.name=x"
-    )
+    command(f"pretrain {METHOD} {line} train.batch_size=8 train.epochs=1 run.evals=[knn] evals.knn.k=1 run.name=x")
     assert not list(workdir.parent.glob("out*"))
     assert list(run_dir("x").glob("evals/*out/knn/result.json"))
 

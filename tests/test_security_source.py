@@ -32,11 +32,11 @@ REQUIRED = {"torch.load": ("weights_only", True), "np.load": ("allow_pickle", Fa
 
 
 def name_of(node: ast.AST) -> str:
-    """``a.b.c`` of a name or attribute; of other expressions the last part alone."""
+    """``a.b.c`` of a name or attribute; of other expressions ``.c`` alone."""
     if isinstance(node, ast.Name):
         return node.id
     if isinstance(node, ast.Attribute):
-        return f"{name_of(node.value)}.{node.attr}".lstrip(".")
+        return f"{name_of(node.value)}.{node.attr}"
     return ""
 
 

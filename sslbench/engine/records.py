@@ -48,6 +48,8 @@ def _part_problem(raw: Mapping[str, Any]) -> str | None:
         _is_texts(item) and {"name", "digest", "context"} <= set(item) for item in datasets or []
     ):
         return "datasets is no list of data sets"
-    if not all(isinstance(meta, dict) for meta in (checkpoints or {"": {}}).values()):
+    if not isinstance(checkpoints or {}, dict) or not all(
+        isinstance(meta, dict) for meta in (checkpoints or {}).values()
+    ):
         return "checkpoints is no mapping"
     return None

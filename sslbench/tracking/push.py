@@ -6,6 +6,7 @@ import os
 import re
 import shlex
 import shutil
+import time
 from collections.abc import Callable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass, field
@@ -26,6 +27,8 @@ SMALL_FILES = ("config.yaml", "environment.yaml", "command.txt", JOURNAL, "run.j
 META = "meta.json"
 MODEL_FILES = ("backbone.pt", META)
 _ENTRIES_PER_ROUND = 200
+#: Seconds before ``sync`` tries again what failed: a line that was cut once, a database in use.
+_PAUSES_S = (1.0, 3.0)
 
 
 @dataclass
@@ -88,16 +91,28 @@ def _sync_one(run_dir: Path, store: Store, log: Log) -> SyncReport:
         record.tracking_uri = store.uri
         record.save(run_dir)
     report = SyncReport(record.run_id, record.name)
-    try:
-        Push(run_dir, store, report).everything()
-    except (StoreError, RejectedError) as error:
-        report.error = str(error)
+    for pause_s in (*_PAUSES_S, 0.0):
+        report.error = _attempt(Push(run_dir, store, report))
+        if report.error is None:
+            break
+        time.sleep(pause_s)
     log(f"{record.name}: " + (report.error or f"complete, {report.points} values sent"))
     for remark in report.notes:
         log(f"{record.name}: {remark}")
     for refusal in report.refused:
         log(f"{record.name}: the store refused {refusal}")
     return report
+
+
+def _attempt(push: Push) -> str | None:
+    """Why the store has not got everything."""
+    push.report.notes.clear()
+    push.report.refused.clear()
+    try:
+        push.everything()
+    except (StoreError, RejectedError) as error:
+        return str(error)
+    return None
 
 
 def _last_sign_of_life(run_dir: Path, record: RunRecord) -> float:

@@ -67,6 +67,7 @@ class Point(NamedTuple):
 #: What drivers say in hundreds of characters.
 _REASONS = {
     r"Connection refused|NewConnectionError": "connection refused",
+    r"Connection aborted|RemoteDisconnected|Connection reset": "the connection was cut",
     r"ReadTimeout|ConnectTimeout|timed out": "no answer in time",
     r"NameResolution|Name or service not known": "unknown host",
     r"database is locked": "database is locked",

@@ -40,6 +40,8 @@ class Server:
         self.port = _free_port()
         put_database(self.folder)
         words = ["server", "--host", "127.0.0.1", "--port", str(self.port), "--workers", "1"]
+        # A line that takes as long as the server keeps connections open would lose every second call.
+        words += ["--uvicorn-opts", "--timeout-keep-alive 120"]
         words += ["--backend-store-uri", f"sqlite:///{self.database}"]
         words += ["--artifacts-destination", str(self.folder / "artifacts")]
         self._process = subprocess.Popen(
