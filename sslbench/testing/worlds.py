@@ -37,7 +37,7 @@ def in_worlds(work: Work, jobs: Sequence[Any], world: int, timeout: float) -> tu
             spawn(_process, args=(folder, work, list(jobs), world, timeout), nprocs=world)  # type: ignore[no-untyped-call]
         except (ProcessRaisedException, ProcessExitedException) as error:
             raise _first_failure(folder, error) from None
-        ranks = [torch.load(folder / f"rank{rank}.pt") for rank in range(world)]
+        ranks = [torch.load(folder / f"rank{rank}.pt", weights_only=True) for rank in range(world)]
         alone = {number: found for rank in range(world) for number, found in ranks[rank]["alone"].items()}
         together = [[found["together"][number] for found in ranks] for number in range(len(jobs))]
         return together, [alone[number] for number in range(len(jobs))]
