@@ -18,7 +18,10 @@ from chaos.runs import RESUME, RUN, STEPS, View, expect_same, expect_stored, res
 from chaos.trials import trials
 
 TWO = f"{RUN} --devices 2"
-ONE_EACH = f"{RUN.replace('[knn,linear]', '[]')} run.tracking_uri={NOWHERE} --devices 1 --nnodes 2 --rdzv-endpoint 10.77.0.1:29417 --launch-id net"
+ONE_EACH = (
+    f"{RUN.replace('[knn,linear]', '[]')} run.tracking_uri={NOWHERE} "
+    "--devices 1 --nnodes 2 --rdzv-endpoint 10.77.0.1:29417 --launch-id net"
+)
 
 
 def ranks_of(launcher: int) -> dict[int, int]:
