@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from conftest import Cli
 from sslbench_plugins.methods import byol, supervised, swav
 from torch import Tensor
 from training_kit import CPU, Run, make, spawn
@@ -165,3 +166,16 @@ def test_all_ranks_stop_after_the_same_step_and_none_waits(
     assert first["answers"] == second["answers"]
     assert first["answers"].index(True) == 4
     assert not second["waited"]
+
+
+def test_a_sharded_run_goes_on_in_one_process(cli: Cli, workdir: Path) -> None:
+    options = ("--dataset", "digits", "--backbone", "conv4", "train.batch_size=64", "probe.images=100",
+        "method.hidden=8", "method.out_dim=8", "checkpoint.every_steps=2", "--no-evals")  # fmt: skip
+    fsdp = ("--devices", "2", "train.parallel=fsdp", "run.name=shared", "--limit", "4")
+    cli("pretrain", "--method", "byol", *options, *fsdp)
+    cli("pretrain", "--resume", "shared", "train.limit=6", "train.parallel=ddp")
+    states = [
+        torch.load(path, weights_only=True) for path in sorted(workdir.glob("runs/shared/checkpoints/*/state.pt"))
+    ]
+    assert [state["step"] for state in states] == [4, 6]
+    assert not any(hasattr(value, "to_local") for state in states for value in tensors(state).values())
