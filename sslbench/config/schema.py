@@ -81,6 +81,11 @@ class TrainOptions(Options):
     groups of so many neighbouring processes; false: each sees its own, and results depend on their number."""
     log_every: int = cosmetic(10, ge=1)
     """Steps between two lines of metrics."""
+    rollback: int = cosmetic(0, ge=0)
+    """When the loss is no number any more: go back to the last checkpoint and on with a lower learning rate, so
+    many times at most. Such a run has a row of its own in `compare`."""
+    rollback_factor: float = cosmetic(0.5, gt=0, lt=1)
+    """What the learning rate is multiplied by each time."""
 
     @field_validator("sync_bn")
     @classmethod
@@ -98,6 +103,8 @@ class TrainOptions(Options):
                 "compile and checkpoint_activations exclude each other: a compiled backbone decides by itself "
                 "what it computes again"
             )
+        if self.rollback and self.parallel == "fsdp":
+            raise ValueError("rollback and parallel 'fsdp' exclude each other: weights in shards do not go back")
         if self.accumulate > self.batch_size:
             raise ValueError(f"accumulate must not exceed batch_size {self.batch_size}")
         return self

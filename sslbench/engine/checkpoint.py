@@ -119,17 +119,26 @@ def list_checkpoints(run_dir: Path) -> list[Path]:
     return sorted(path.parent for path in (run_dir / FOLDER).glob(f"step-????????/{META}"))
 
 
-def latest(run_dir: Path, log: Callable[[str], None], needs: Collection[str] = (BACKBONE, STATE)) -> Path:
+def latest(
+    run_dir: Path,
+    log: Callable[[str], None],
+    needs: Collection[str] = (BACKBONE, STATE),
+    *,
+    before: int | None = None,
+) -> Path:
     """The newest intact checkpoint; damaged ones are named in the log and passed over.
 
     Args:
-        needs: files that must be intact; of others only the loss would be noticed.
+        needs: files that must be intact; others may be damaged.
+        before: only those of fewer steps.
 
     Raises:
         CheckpointError: there is none.
     """
     damaged = 0
     for candidate in _candidates(run_dir, log):
+        if before is not None and step_of(candidate) >= before:
+            continue
         try:
             _verify(candidate, read_meta(candidate, verify=False).sha256, needs)
         except CheckpointError as error:
@@ -257,6 +266,16 @@ def load_backbone(path: Path, catalog: Catalog) -> tuple[Backbone, CheckpointMet
             f"{path / BACKBONE} does not fit backbone '{meta.backbone.name}': {details(error)}"
         ) from error
     return backbone, meta
+
+
+def step_of(path: Path) -> int:
+    """How many steps had been done, by the name of its folder."""
+    return int(path.name.removeprefix("step-"))
+
+
+def good_before(run_dir: Path, diverged_at: int) -> list[Path]:
+    """Checkpoints of a diverged run from which at least one step gave a finite loss, oldest first."""
+    return [path for path in list_checkpoints(run_dir) if step_of(path) < diverged_at - 1]
 
 
 def epoch_of(path: Path) -> int | None:

@@ -17,6 +17,7 @@ from sslbench.config.tree import Tree, parse_overrides, plain
 from sslbench.config.validate import validate_section
 from sslbench.engine import checkpoint
 from sslbench.engine.console import Console
+from sslbench.engine.rollback import TAG
 from sslbench.engine.setup import choose_device
 from sslbench.errors import ConfigError, described
 from sslbench.evaluation.job import EvaluationJob, evaluation_dir, run_protocol
@@ -271,7 +272,7 @@ def _section(values: Any, name: str) -> Tree:
 
 
 def _open_tracker(plan: EvalPlan, dataset: Dataset, console: Console) -> Tracker:
-    inherited = ("sslbench.method", "sslbench.backbone", "sslbench.limited", "sslbench.config_hash")
+    inherited = ("sslbench.method", "sslbench.backbone", "sslbench.limited", "sslbench.config_hash", TAG)
     tags = {key: plan.record.tags[key] for key in inherited if key in plan.record.tags}
     tags |= {
         "sslbench.dataset": plan.protocol.subject(dataset.key),
@@ -308,6 +309,7 @@ def _result(
         "checkpoint_step": meta.step,
         "checkpoint_sha256": meta.sha256[checkpoint.BACKBONE],
         "limited": meta.limited,
+        "rolled_back": plan.record.tags.get(TAG, ""),
         "seed": plan.seed,
         "config": plan.tree(),
         "run_id": run_id,

@@ -151,6 +151,7 @@ class Loop:
     Args:
         model: the method, perhaps wrapped for data-parallel training.
         method: the method itself.
+        lr_factor: on all learning rates, below 1 after a roll-back.
     """
 
     def __init__(
@@ -167,6 +168,7 @@ class Loop:
         scaler: LossScaler | None = None,
         shards: Shards | None = None,
         meter: Meter | None = None,
+        lr_factor: float = 1.0,
     ) -> None:
         self.model = model
         self.method = method
@@ -181,7 +183,7 @@ class Loop:
         self.weights = part_weights(self.core.train.batch_size, comm.world(), self.core.train.accumulate)
         self.meter = meter or Meter()
         self.clock = Clock(self.core.train.batch_size)
-        self.peak = peak_lr(self.core.optim, self.core.train.batch_size)
+        self.peak = lr_factor * peak_lr(self.core.optim, self.core.train.batch_size)
         self.watch = Watch(method, device, plan.start_step)
 
     def run(self) -> bool:

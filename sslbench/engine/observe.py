@@ -9,13 +9,15 @@ from typing import Any
 from sslbench import __version__, comm
 from sslbench.config.compose import Composed
 from sslbench.config.tree import plain
+from sslbench.engine import checkpoint
 from sslbench.engine.checkpoint import BackboneMeta, CheckpointMeta
 from sslbench.engine.console import Console
+from sslbench.engine.rollback import TAG, Rollbacks
 from sslbench.engine.saving import Saved, Saver
 from sslbench.engine.setup import Parts, shards_parameters
 from sslbench.engine.stopping import StopSignal
 from sslbench.engine.trained import Trained, WholeBackbone
-from sslbench.errors import CheckpointError
+from sslbench.errors import CheckpointError, DivergedError
 from sslbench.evaluation.probes import OnlineProbes, collapse_warning
 from sslbench.plugin.catalog import Catalog
 from sslbench.tracking import Tracker
@@ -63,6 +65,7 @@ class RunObserver:
         self.console = console
         self.stop = stop
         self.extensions = extensions
+        self.rollbacks = Rollbacks()
         core = composed.core
         self.saver = Saver(
             tracker.run_dir,
@@ -81,6 +84,9 @@ class RunObserver:
         )
 
     def metrics(self, step: int, values: Mapping[str, float]) -> None:
+        if self.rollbacks:
+            rolled_back = {"train/rollbacks": float(len(self.rollbacks)), "train/lr_factor": self.rollbacks.factor}
+            values = {**values, **rolled_back}
         self._log(step, values)
         self.console.update(step, values)
 
@@ -95,7 +101,7 @@ class RunObserver:
 
     def save(self, step: int, meter: Mapping[str, Any]) -> None:
         # All ranks take part in putting shards together.
-        state = {"step": step, **self.trained.state(), "meter": dict(meter)}
+        state = {"step": step, **self.trained.state(), "meter": dict(meter), "rollbacks": self.rollbacks.state()}
         backbone = self.trained.exported_state()
         if comm.rank() > 0:
             return
@@ -112,6 +118,26 @@ class RunObserver:
         """Wait until every checkpoint is on disk, on all ranks: then they may look for it."""
         self._announce(self.saver.finished(wait=True))
         comm.barrier()
+
+    def rolls_back(self, error: DivergedError) -> bool:
+        """Whether a run that has diverged shall go on from its last checkpoint."""
+        options = self.composed.core.train
+        if len(self.rollbacks) >= options.rollback:
+            return False
+        self.settle()
+        if not checkpoint.good_before(self.tracker.run_dir, error.step):
+            return False
+        self.rollbacks.diverged(error.step, options.rollback_factor)
+        number = f"roll-back {len(self.rollbacks) + 1} of {options.rollback}"
+        self.console.warn(
+            f"{error.message}; {number}: on with {options.rollback_factor:g} times the learning rate"
+        )
+        return True
+
+    def note_rollbacks(self) -> None:
+        """Make it visible wherever runs are compared that this one has had some."""
+        if self.rollbacks and comm.rank() == 0:
+            self.tracker.tag({TAG: self.rollbacks.described()})
 
     def __enter__(self) -> RunObserver:
         return self

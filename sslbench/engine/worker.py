@@ -116,16 +116,40 @@ def _train(
         with observer:
             observer.save(0, Meter().state())
         return 0
-    meter = _restore(parts, trained, resume, console) if resume else None
+    meter = _restore(parts, trained, resume, observer) if resume else None
     if resume:
         tracker.rewind(parts.plan.start_step)
+        observer.note_rollbacks()
     if parts.plan.start_step >= parts.plan.stop_step:
         console.info(f"The run has all its {parts.plan.start_step} steps already.")
         return parts.plan.start_step
+    model = trained.distribute(parts.device, sharded=shards_parameters(core.train))
+    try:
+        with observer:
+            if core.train.rollback and parts.plan.start_step == 0:
+                observer.save(0, Meter().state())
+            while (complete := _loop(parts, trained, model, observer, meter)) is None:
+                meter = _restore(parts, trained, tracker.run_dir, observer)
+                tracker.rewind(parts.plan.start_step)
+                observer.note_rollbacks()
+    except DivergedError as error:
+        raise _cure(error, composed, tracker) from error
+    if not complete:
+        hint = f"sslbench pretrain --resume {shlex.quote(tracker.name)}{launch_words()}"
+        raise stopped_by(stop.received, "the state is saved", hint)
+    return parts.plan.stop_step
+
+
+def _loop(
+    parts: Parts, trained: Trained, model: torch.nn.Module, observer: RunObserver, meter: Meter | None
+) -> bool | None:
+    """Train until the end (True), a signal (False) or a divergence that is rolled back (None)."""
+    assert parts.plan is not None
+    assert parts.loader is not None
     loop = Loop(
-        model=trained.distribute(parts.device, sharded=shards_parameters(core.train)),
+        model=model,
         method=parts.method,
-        optimizer=optimizer,
+        optimizer=trained.optimizer,
         loader=parts.loader,
         plan=parts.plan,
         observer=observer,
@@ -134,38 +158,40 @@ def _train(
         scaler=trained.scaler,
         shards=trained.shards,
         meter=meter,
+        lr_factor=observer.rollbacks.factor,
     )
-    console.begin(composed.method.name, parts.plan.start_step, parts.plan.stop_step)
+    observer.console.begin(parts.method.name, parts.plan.start_step, parts.plan.stop_step)
     try:
-        with observer:
-            complete = loop.run()
+        return loop.run()
     except DivergedError as error:
-        raise _cure(error, composed, tracker) from error
+        if not observer.rolls_back(error):
+            raise
+        trained.optimizer.zero_grad(set_to_none=True)
+        return None
     finally:
-        console.end()
-    if not complete:
-        hint = f"sslbench pretrain --resume {shlex.quote(tracker.name)}{launch_words()}"
-        raise stopped_by(stop.received, "the state is saved", hint)
-    return parts.plan.stop_step
+        observer.console.end()
 
 
 def _cure(error: DivergedError, composed: Composed, tracker: Tracker) -> DivergedError:
     """Name what is left of a diverged run and the command that starts it again."""
-    kept = checkpoint.list_checkpoints(tracker.run_dir)
-    last = f"the last good checkpoint is {kept[-1]}" if kept else "there was no checkpoint yet"
+    kept = checkpoint.good_before(tracker.run_dir, error.step)
+    last = f"the last good checkpoint is {kept[-1]}" if kept else "there was no good checkpoint yet"
     command = (
         f"sslbench pretrain --config {tracker.run_dir / 'config.yaml'} optim.lr={composed.core.optim.lr / 10:g}"
     )
-    start = " (with --init-from " + tracker.name + " it starts from the last good weights)" if kept else ""
+    name = shlex.quote(tracker.name)
+    again = f"sslbench pretrain --resume {name} train.rollback={composed.core.train.rollback + 1}"
+    start = f"; from the last checkpoint on: {again} train.rollback_factor=0.1" if kept else ""
     return DivergedError(f"{error.message}; {last}", hint=f"{command}{start}, or {error.hint}")
 
 
-def _restore(parts: Parts, trained: Trained, run_dir: Path, console: Console) -> Meter | None:
+def _restore(parts: Parts, trained: Trained, run_dir: Path, observer: RunObserver) -> Meter | None:
     """Bring method and optimiser to where the run was; without a checkpoint yet, to its beginning."""
+    console = observer.console
     if not checkpoint.list_checkpoints(run_dir):
         console.info("The run has no checkpoint yet: it begins again with its first step.")
         return None
-    path = checkpoint.latest(run_dir, console.warn)
+    path = checkpoint.latest(run_dir, console.warn, before=observer.rollbacks.before)
     _check_same_images(parts, checkpoint.read_meta(path, verify=False), run_dir)
     state = checkpoint.load_tensors(path / checkpoint.STATE)
     assert parts.plan is not None
@@ -173,6 +199,7 @@ def _restore(parts: Parts, trained: Trained, run_dir: Path, console: Console) ->
         trained.load(state)
         parts.plan.start_step = int(state["step"])
         meter = Meter.restore(state["meter"], parts.device)
+        observer.rollbacks.begin(state.get("rollbacks", ()), parts.plan.start_step)
     except (KeyError, TypeError, ValueError, RuntimeError, AttributeError) as error:
         raise CheckpointError(
             f"{path / checkpoint.STATE} does not fit this run: {checkpoint.details(error)}",

@@ -252,11 +252,13 @@ def _row_order(row: Row) -> tuple[Any, ...]:
 
 def _with_remarks(rows: Sequence[Row], groups: Iterable[Sequence[RunResult]]) -> list[Row]:
     """Rows that look the same name the options in which they differ."""
-    params = {row.group: group[0].params for row, group in zip(rows, groups, strict=True)}
+    runs = {row.group: group[0] for row, group in zip(rows, groups, strict=True)}
     told = []
     for row in rows:
-        twins = [params[other.group] for other in rows if _identity(other) == _identity(row)]
-        told.append(replace(row, remark=_difference(params[row.group], twins)))
+        twins = [runs[other.group].params for other in rows if _identity(other) == _identity(row)]
+        rolled_back = runs[row.group].rolled_back
+        words = [_difference(runs[row.group].params, twins), f"rolled back: {rolled_back}" if rolled_back else ""]
+        told.append(replace(row, remark=", ".join(filter(None, words))))
     return told
 
 

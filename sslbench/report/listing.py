@@ -67,6 +67,7 @@ def list_runs(root: Path, as_json: bool) -> None:
     for record, path in runs:
         tags = record.get("tags", {})
         status = run_status(record, path) + (" (limited)" if tags.get("sslbench.limited") == "true" else "")
+        status += " (rolled back)" if tags.get("sslbench.rolled_back") else ""
         rows.append((str(record.get("name")), status, *(tags.get(f"sslbench.{name}", "") for name in names)))
     print_table(f"runs in {root}", ("name", "status", *names), rows)
 

@@ -79,6 +79,8 @@ class RunResult:
     """Digest of the configuration without the seed: equal for runs that differ only by chance."""
     uses_labels: bool
     limited: bool
+    rolled_back: str
+    """From where to where training went back after it had diverged; empty if it never did."""
     params: Mapping[str, str]
     evals: tuple[EvalResult, ...]
 
@@ -137,12 +139,19 @@ def _run_result(record: Mapping[str, Any], run_dir: Path) -> RunResult:
         epochs=tags.get("epochs", "?"),
         seed=tags.get("seed", "?"),
         recipe=tags.get("recipe", ""),
-        group=tags.get("group_hash") or tags.get("config_hash") or str(record["run_id"]),
+        group=_group(tags) or str(record["run_id"]),
         uses_labels=tags.get("uses_labels") == "true",
         limited=tags.get("limited") == "true",
+        rolled_back=tags.get("rolled_back", ""),
         params=dict(record.get("params", {})),
         evals=tuple(_evals(run_dir)),
     )
+
+
+def _group(tags: Mapping[str, str]) -> str:
+    """A run that was rolled back went on with another learning rate than the others."""
+    group, changed = tags.get("group_hash") or tags.get("config_hash", ""), tags.get("rolled_back")
+    return f"{group}/{changed}" if changed else group
 
 
 def _evals(run_dir: Path) -> list[EvalResult]:

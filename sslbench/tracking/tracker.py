@@ -159,6 +159,11 @@ class Tracker:
             self._record.datasets.append(entry)
             self._save()
 
+    def tag(self, tags: Mapping[str, str]) -> None:
+        """Set tags of the run."""
+        self._record.tags |= tags
+        self._save()
+
     def checkpoint(self, path: Path, meta: Mapping[str, Any]) -> None:
         """Register a kept checkpoint (a folder with ``backbone.pt`` and ``meta.json``) as a LoggedModel."""
         # The rest is in meta.json: with thousands of checkpoints the record would take seconds to write.
