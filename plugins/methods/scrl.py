@@ -13,6 +13,7 @@ from torch import Tensor
 from sslbench.nn.bootstrap import Bootstrap, BootstrapConfig
 from sslbench.nn.regions import BoxSampling, match_boxes
 from sslbench.nn.roi import roi_vectors
+from sslbench.nn.sync_norm import may_be_empty
 from sslbench.plugin.api import Batch, Features, Method
 from sslbench.plugin.hooks import hookimpl
 
@@ -41,7 +42,8 @@ class SCRL(Bootstrap):
         min_size = self.cfg.boxes.min_size or self.backbone.stride
         matched = match_boxes(first, second, self.cfg.boxes, min_size, batch.uniform)
         boxes = torch.cat([matched.first, matched.second])
-        kept, weight, share = (x.to(boxes.device, non_blocking=True) for x in _images_with_boxes(matched.valid))
+        chosen = _images_with_boxes(matched.valid, may_be_empty(self.projector, int(matched.valid.sum())))
+        kept, weight, share = (x.to(boxes.device, non_blocking=True) for x in chosen)
 
         def pool(features: Features) -> Tensor:
             """The vectors ``[2N,D]`` of all boxes of view 1, then of the same boxes in view 2."""
@@ -52,14 +54,14 @@ class SCRL(Bootstrap):
         return {"loss": self.loss(batch, pool, weights), "boxes": share * self.cfg.boxes.per_image}
 
 
-def _images_with_boxes(valid: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def _images_with_boxes(valid: Tensor, may_be_empty: bool) -> tuple[Tensor, Tensor, Tensor]:
     """Numbers and weights of the images whose boxes are compared, and their share of all.
 
-    If no image has boxes, one that weighs nothing goes through the heads: batch normalisation needs rows, and
-    other ranks may wait in it for this one.
+    If no image has boxes, one that weighs nothing goes through the heads: batch normalisation needs rows, unless
+    it shares those of other ranks.
     """
     kept = valid.nonzero().flatten()
-    if len(kept) == 0:
+    if len(kept) == 0 and not may_be_empty:
         kept = kept.new_zeros(1)
     return kept, valid[kept].float(), valid.float().mean()
 

@@ -53,6 +53,20 @@ def is_shared(network: nn.Module) -> bool:
     return any(isinstance(module, SharedBatchNorm | nn.SyncBatchNorm) for module in network.modules())
 
 
+def may_be_empty(network: nn.Module, rows: int) -> bool:
+    """Whether this rank may send no rows through ``network``, because ranks that share its statistics send some.
+
+    All ranks must call it. torch's own synchronised layers do not count: without rows they fail under autocast.
+
+    Args:
+        rows: how many this rank has.
+    """
+    ranks = next((module.ranks for module in network.modules() if isinstance(module, SharedBatchNorm)), 1)
+    if ranks == 1:
+        return False
+    return bool(comm.stack(torch.tensor([rows]), ranks).any()) or comm.rank() % ranks > 0
+
+
 class _Moments(NamedTuple):
     """Of the rows of all ranks of a group; equal to the bit on all of them."""
 
