@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 DEMO := demo-run
 SSLBENCH := $(CURDIR)/$(BIN)/sslbench
 
-.PHONY: demo test slow chaos lint docs bench bench-quick clean install test-install
+.PHONY: equality demo test slow chaos lint docs bench bench-quick clean install test-install
 
 install: $(VENV)/.installed
 test-install: $(VENV)/.installed-dev
@@ -64,6 +64,10 @@ bench: $(VENV)/.installed
 	$(BIN)/python benchmarks/start.py
 	$(BIN)/python benchmarks/decoded.py --out benchmarks/results/decoded-jpeg.md
 	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/evaluation.py --threads 1
+
+# Every method on 2 and on 4 processes against one.
+equality: $(VENV)/.installed
+	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/equality.py
 
 bench-quick: $(VENV)/.installed
 	for name in peers phases scaling start; do $(BIN)/python benchmarks/$$name.py --quick || exit 1; done
