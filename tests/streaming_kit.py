@@ -21,6 +21,7 @@ from sslbench_plugins.evals.svm import Svm, SvmConfig, SvmTest
 from sslbench_plugins.evals.test import HeldOutOptions, HeldOutTest
 from torch import Tensor
 
+from sslbench import comm
 from sslbench.config.options import Options
 from sslbench.data.sources import ArraySource
 from sslbench.evaluation import shards
@@ -61,7 +62,7 @@ def protocols() -> list[tuple[EvalProtocol, Dataset]]:
     """Each with a data set, in an order in which what reports on ``test`` finds what was chosen."""
     single: list[EvalProtocol] = [
         Knn(KnnConfig(ks=(1, 7))),
-        Linear(LinearConfig(epochs=2, lrs=LRS)),
+        Linear(LinearConfig(epochs=1, lrs=LRS)),
         HeldOutTest(HeldOutOptions()),
         Logistic(LogisticConfig(strengths=(1e-3, 1e-2))),
         LogisticTest(EvalOptions()),
@@ -70,7 +71,10 @@ def protocols() -> list[tuple[EvalProtocol, Dataset]]:
         Retrieval(RetrievalConfig()),
         RetrievalTest(RetrievalConfig()),
     ]
-    several: list[EvalProtocol] = [Svm(SvmConfig(costs=(1e-3, 1.0), folds=2)), SvmTest(EvalOptions())]
+    several: list[EvalProtocol] = [
+        Svm(SvmConfig(costs=(1e-3, 0.1), folds=2, tolerance=1e-6)),
+        SvmTest(EvalOptions()),
+    ]
     return [(p, make_dataset()) for p in single] + [(p, Properties(Options())) for p in several]
 
 
@@ -80,6 +84,7 @@ def evaluate(folder: Path, cache: Path | None, **options: Any) -> dict[str, Any]
     for protocol, dataset in protocols():
         job = make_job(protocol, folder, backbone=make_backbone(), dataset=dataset, cache_dir=cache, **options)
         results[protocol.name] = run_protocol(protocol, job)
+        comm.barrier()  # the first rank writes reports
         for file in sorted(job.out_dir.iterdir()):
             loaded = json.loads(file.read_text()) if file.suffix == ".json" else _tensors(file)
             results[f"{protocol.name}/{file.name}"] = loaded

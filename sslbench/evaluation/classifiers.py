@@ -113,8 +113,9 @@ class LinearHead:
 
     def top1(self, table: Labelled, chunk: int = 8192) -> float:
         """Accuracy in percent, computed in chunks of images."""
-        chunks = FeatureRows.of(table.features).chunks(chunk)
-        pairs = zip(chunks, torch.split(table.labels, chunk), strict=True)
+        rows = FeatureRows.of(table.features)
+        size = chunk if rows.held else min(chunk, rows.chunk)
+        pairs = zip(rows.chunks(size), torch.split(table.labels, size), strict=True)
         hits = torch.cat([label_ranks(self(features), labels) < 1 for features, labels in pairs])
         return float(percent(hits))
 

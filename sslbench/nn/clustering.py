@@ -41,6 +41,9 @@ class Clustering(PrototypeMethod):
 
     A memory bank keeps the embeddings of each image's assigned views. The first epoch starts by filling it, later
     ones find what the epoch before left. Head h clusters the embeddings of assigned view ``h mod A``.
+
+    Memory of a rank for N images, A assigned views, H heads and W ranks: ``4 * A * N * D`` bytes for the bank,
+    ``8 * H * N`` for the assignments, and while a head clusters ``4 * N * D / W`` for the rank's share.
     """
 
     Config = ClusteringConfig

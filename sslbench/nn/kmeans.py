@@ -15,6 +15,8 @@ from torch import Tensor
 from sslbench import comm
 from sslbench.nn.losses import no_autocast
 
+_DOUBLED_AT_ONCE = 1 << 20
+"""Values of rows that are in memory in float64 (8 MiB)."""
 _SCORES_AT_ONCE = 1 << 22
 """Entries of the score matrix in memory (16 MiB): all of ImageNet against 3000 centroids would take 15 GB."""
 
@@ -34,6 +36,9 @@ def spherical_kmeans(rows: Tensor, clusters: int, iterations: int = 10) -> Clust
 
     The centroids start at random rows, drawn from torch's global CPU generator of rank 0. Sums are taken in
     float64, so that the result does not depend on how the rows are spread over ranks.
+
+    Memory of a rank beyond its rows: ``20 * K * D`` bytes for centroids and sums, ``8 * n`` for labels, and at
+    most 24 MiB for scores and rows in float64. Ranks exchange ``8 * K * (D + 1)`` bytes per round.
 
     Args:
         rows: ``[n,D]``, this rank's unit rows; ``n`` may differ between ranks.
@@ -68,7 +73,10 @@ def nearest(rows: Tensor, centroids: Tensor) -> Tensor:
 def _moved(centroids: Tensor, rows: Tensor, labels: Tensor) -> Tensor:
     """The unit means of the clusters; the old centroids of empty ones."""
     sums = centroids.new_zeros(centroids.shape, dtype=torch.float64)
+    at_once = max(1, _DOUBLED_AT_ONCE // rows.shape[1])
     counts = comm.all_sum(torch.bincount(labels, minlength=len(centroids)))
-    sums = comm.all_sum(sums.index_add_(0, labels, rows.double()))
+    for part, own in zip(*(torch.split(table, at_once) for table in (rows, labels)), strict=True):
+        sums.index_add_(0, own, part.double())
+    sums = comm.all_sum(sums)
     means = torch.where(counts[:, None] > 0, sums, centroids.double())
     return F.normalize(means, dim=1).float()

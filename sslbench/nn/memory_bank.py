@@ -14,7 +14,8 @@ class MemoryBank(nn.Module):
     """The last features of all images, equal on all ranks.
 
     It takes ``4 * banks * images * dim`` bytes on each rank and in each checkpoint: 1.3 GB for two banks of 128
-    features of ImageNet's images, 51 MB for CIFAR-10.
+    features of ImageNet's images, 51 MB for CIFAR-10. It is what stays O(N) on every device: a rank reads any
+    image of its batches, and stores those of all ranks, so that any number of ranks can go on from a checkpoint.
 
     Args:
         banks: features per image, such as one for each of several views.

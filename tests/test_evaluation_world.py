@@ -1,0 +1,130 @@
+"""Several processes evaluate as one does, for every protocol, with and without a common folder."""
+
+from __future__ import annotations
+
+import shutil
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+from evals_kit import make_backbone, make_dataset
+from streaming_kit import evaluate, same_bits, small_device
+from torch import Tensor
+
+from sslbench.config.schema import DataOptions
+from sslbench.evaluation.features import Extractor, Preprocessing
+from sslbench.evaluation.shards import Layout
+from sslbench.evaluation.tables import StoredTable, Tables
+
+pytestmark = pytest.mark.slow  # starts processes
+
+CPU = torch.device("cpu")
+FEW = 10
+
+
+def extractor(count: int) -> Extractor:
+    return Extractor(
+        make_backbone().eval(),
+        make_dataset().split("train"),
+        torch.arange(count),
+        Preprocessing(16, 1.0, (0.3,) * 3, (0.3,) * 3),
+        64,
+        CPU,
+        DataOptions(),
+    )
+
+
+def table(folder: Path | None, count: int) -> Tensor:
+    stored: StoredTable = Tables(folder, CPU, "auto").get({"images": count}, extractor(count))
+    assert bool(stored.readable.all())
+    return stored.features.clone()
+
+
+def join(rank: int, world: int, folder: Path) -> None:
+    torch.set_num_threads(1)
+    where = f"file://{folder}/meet"
+    dist.init_process_group("gloo", init_method=where, rank=rank, world_size=world, timeout=timedelta(minutes=5))
+
+
+def every_protocol(rank: int, world: int, folder: Path) -> None:
+    join(rank, world, folder)
+    held = evaluate(folder / "held", folder / "cache")
+    with small_device():
+        streamed = evaluate(folder / "streamed", folder / "small")
+    torch.save({"held": held, "streamed": streamed}, folder / f"rank{rank}.pt")
+    dist.destroy_process_group()
+
+
+def few_images(rank: int, world: int, folder: Path) -> None:
+    """More ranks than shards, at first without a cache; then a table of which one shard is missing."""
+    join(rank, world, folder)
+    found = [table(None, FEW), table(folder / "few", FEW), table(folder / "many", 500)]
+    if rank == 0:
+        next(path for path in sorted((folder / "many").glob("*/rows-*"))[1:]).unlink()
+    dist.barrier()
+    found.append(table(folder / "many", 500))
+    torch.save(found, folder / f"rank{rank}.pt")
+    dist.destroy_process_group()
+
+
+def own_folders(rank: int, world: int, folder: Path) -> None:
+    """Nodes without a common file system: rank 0 alone, ranks 1 and 2 together; one has a part already."""
+    join(rank, world, folder)
+    node = folder / ("a" if rank == 0 else "b")
+    found = [table(node, 500)]
+    if rank == 0:
+        shutil.rmtree(node)
+    dist.barrier()
+    found.append(table(node, 500))
+    torch.save(found, folder / f"rank{rank}.pt")
+    dist.destroy_process_group()
+
+
+def close(found: Any, expected: Any, name: str) -> None:
+    """Equal within rounding; counts may differ by the image or two whose scores tie."""
+    if isinstance(expected, dict):
+        assert found.keys() == expected.keys(), name
+        for key, value in expected.items():
+            close(found[key], value, f"{name}/{key}")
+    elif isinstance(expected, Tensor):
+        torch.testing.assert_close(found, expected, rtol=2e-3, atol=2e-3, msg=lambda m: f"{name}: {m}")
+    elif isinstance(expected, float):
+        assert found == pytest.approx(expected, rel=2e-3, abs=2e-3), name
+
+
+def test_two_ranks_give_the_results_of_one_for_every_protocol(tmp_path: Path) -> None:
+    mp.spawn(every_protocol, args=(2, tmp_path), nprocs=2)
+    first, second = (torch.load(tmp_path / f"rank{rank}.pt", weights_only=True) for rank in range(2))
+    assert same_bits(first, second)
+    alone = evaluate(tmp_path / "alone", tmp_path / "alone-cache")
+    assert alone.keys() == first["held"].keys() == first["streamed"].keys()
+    for kind, results in first.items():
+        for name, expected in alone.items():
+            close(results[name], expected, f"{kind} {name}")
+
+
+def test_ranks_without_an_image_get_the_whole_table(tmp_path: Path) -> None:
+    assert len(Layout.of(FEW, 64, 3).ranges) == 1
+    mp.spawn(few_images, args=(3, tmp_path), nprocs=3)
+    for rank in range(3):
+        found = torch.load(tmp_path / f"rank{rank}.pt", weights_only=True)
+        for ours, count in zip(found, (FEW, FEW, 500, 500), strict=True):
+            torch.testing.assert_close(ours, table(None, count), rtol=1e-5, atol=1e-6)
+        assert torch.equal(found[2], found[3])
+
+
+def test_shards_travel_to_nodes_that_do_not_have_them(tmp_path: Path) -> None:
+    mp.spawn(own_folders, args=(3, tmp_path), nprocs=3)
+    expected = table(None, 500)
+    for rank in range(3):
+        found = torch.load(tmp_path / f"rank{rank}.pt", weights_only=True)
+        for ours in found:
+            torch.testing.assert_close(ours, expected, rtol=1e-5, atol=1e-6)
+        assert torch.equal(*found)
+    names = [sorted(path.name for path in (tmp_path / node).glob("*/*")) for node in "ab"]
+    assert names[0] == names[1]
+    assert len(names[0]) > 2
