@@ -34,6 +34,8 @@ def settle_environment(environ: MutableMapping[str, str] = os.environ) -> bool:
     """
     if LAUNCHER in environ:
         _die_with(int(environ[LAUNCHER]))
+        # A machine that came back counts from zero: what ranks agree on must not depend on it.
+        environ["TORCHELASTIC_RESTART_COUNT"] = "0"
     if not any(name in environ for name in _OURS):
         environ.update(_slurm_place(environ))
     if not any(name in environ for name in _OURS):
