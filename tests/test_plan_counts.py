@@ -16,7 +16,7 @@ from sslbench.config.registry import Registry
 from sslbench.config.tree import parse_overrides
 from sslbench.errors import ConfigError, PluginError
 from sslbench.planning.counting import Ledger
-from sslbench.planning.exchange import BACKWARD, COUNTS, GRADIENTS, STATISTICS, Exchange
+from sslbench.planning.exchange import BACKWARD, COUNTS, GRADIENTS, SHARDS, STATISTICS, Exchange
 from sslbench.planning.rehearsal import Step, rehearse
 from sslbench.planning.subject import Subject, describe
 from sslbench.plugin.catalog import Catalog
@@ -209,3 +209,28 @@ def test_a_method_that_looks_at_values_is_named(monkeypatch: pytest.MonkeyPatch)
     monkeypatch.setattr(cls, "forward", lambda self, batch: {"loss": batch.views[0].images.mean().item()})
     with pytest.raises(PluginError, match="'simclr' cannot be counted without values"):
         rehearse(subject(), 1, half=False)
+
+
+def test_activations_computed_again_are_not_kept() -> None:
+    small = ("method.name=simclr", "backbone.name=resnet8")
+    kept, again = step(1, *small), step(1, *small, "train.checkpoint_activations=true")
+    assert again.memory.activations < 0.9 * kept.memory.activations
+    assert again.flops > 1.1 * kept.flops
+
+
+def test_sharded_backbones_keep_a_share_and_gather_the_rest() -> None:
+    whole = step(4, "method.name=simclr", "train.sync_bn=false")
+    shared = step(4, "method.name=simclr", "train.sync_bn=false", "train.parallel=fsdp")
+    backbone = 24_648 * FP32
+    assert whole.memory.weights - shared.memory.weights == backbone - backbone // 4
+    assert sent(shared, SHARDS) == {("all_gather", backbone // 4): 2}
+    assert sent(shared, GRADIENTS) == {
+        ("all_gather", backbone // 4): 1, ("all_reduce", whole.parameters * FP32 - backbone): 1
+    }  # fmt: skip
+
+
+def test_parts_of_a_batch_take_less_memory() -> None:
+    name = "method.name=rotationnet"
+    whole, parts = step(1, name), step(1, name, "train.accumulate=4")
+    assert parts.memory.activations < 0.4 * whole.memory.activations
+    assert parts.flops == whole.flops

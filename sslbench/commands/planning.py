@@ -22,8 +22,11 @@ from sslbench.errors import ConfigError, did_you_mean
 if TYPE_CHECKING:
     from sslbench.config.compose import Composed
     from sslbench.planning.devices import Device
+    from sslbench.planning.measuring import Speed
+    from sslbench.planning.subject import Subject
 
 _MOST_DEVICES = 65536
+_STEPS = 5
 
 
 def plan(
@@ -49,6 +52,11 @@ def plan(
     ] = None,
     cores: Annotated[int | None, typer.Option(min=1, help="Cores of the host for each device.")] = None,
     images: Annotated[int | None, typer.Option(min=2, help="Number of training images.")] = None,
+    measure: Annotated[
+        int | None,
+        typer.Option(min=1, help="Steps to measure on this machine; default: 5 when planning for this machine."),
+    ] = None,
+    no_measure: Annotated[bool, typer.Option("--no-measure", help="Predict from counts alone.")] = False,
     explain: Annotated[
         bool, typer.Option("--explain", help="Show memory, exchange and every assumption.")
     ] = False,
@@ -79,8 +87,31 @@ def plan(
     clusters = [spread(device, number, nodes) for number in numbers]
     subject = describe(composed, images)
     available = cores or host_cores(device)
-    predictions = [predict(subject, cluster, available) for cluster in clusters]
-    print_plan(Plan(subject, predictions, available), explain=explain, as_json=as_json)
+    here = device_kind is None or find_device(None).name == device_kind
+    speed = _measure(subject, device, available, _steps_to_measure(measure, no_measure=no_measure, here=here))
+    factor = speed.factor if speed else 1.0
+    predictions = [predict(subject, cluster, available, factor) for cluster in clusters]
+    measured = str(speed.measured) if speed else None
+    print_plan(Plan(subject, predictions, available, measured), explain=explain, as_json=as_json)
+
+
+def _steps_to_measure(asked: int | None, *, no_measure: bool, here: bool) -> int:
+    if no_measure and asked:
+        raise ConfigError("--measure and --no-measure exclude each other", hint="drop one of them")
+    if asked and not here:
+        raise ConfigError(
+            "--measure: steps of this machine say nothing about another kind of device",
+            hint="run sslbench plan --measure on such a device, or drop it to predict from counts",
+        )
+    return 0 if no_measure or not here else asked or _STEPS
+
+
+def _measure(subject: "Subject", device: "Device", cores: int, steps: int) -> "Speed | None":
+    if not steps:
+        return None
+    from sslbench.planning.measuring import compare
+
+    return compare(subject, device, cores, steps)
 
 
 def parse_devices(text: str) -> list[int]:

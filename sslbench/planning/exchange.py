@@ -16,6 +16,7 @@ from sslbench.comm import Collective
 from sslbench.planning.devices import Device
 
 GRADIENTS = "gradients"
+SHARDS = "sharded weights"
 STATISTICS = "batch normalisation"
 BACKWARD = "gradients of gathers"
 COUNTS = "numbers of rows (host)"
@@ -51,7 +52,7 @@ class Exchanges:
         self.add(_origin(), kind, value.numel() * value.element_size(), world)
 
     def add(self, origin: str, kind: Collective, payload: int, ranks: int) -> None:
-        if ranks > 1:
+        if ranks > 1 and payload:
             self.counts[Exchange(origin, kind, payload, ranks)] += 1
 
     def sent_by_origin(self) -> dict[str, float]:

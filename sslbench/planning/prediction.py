@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from sslbench.config.schema import TrainOptions
@@ -12,7 +11,7 @@ from sslbench.planning.rehearsal import Memory, Step, rehearse
 from sslbench.planning.speed import DEFAULT_WORKERS, Cores, Pace, pace
 from sslbench.planning.subject import Subject
 
-_PROCESS = {"device": 3.0 * GB, "cpu": 0.5 * GB}
+_PROCESS = {"device": 3.0 * GB, "cpu": 0.8 * GB}
 """Host memory of a training process: torch with CUDA's libraries, torch alone."""
 _WORKER = 0.15 * GB
 _PER_IMAGE = 90
@@ -29,12 +28,13 @@ LIMITS = {
     "data": "data (decoding and views)",
 }
 _ADVICE = {
-    "arithmetic": "more devices, or 16-bit numbers (train.precision) where the device multiplies them faster",
-    "traffic": "16-bit numbers (train.precision) halve the traffic; train.compile fuses operations",
+    "arithmetic": "more devices, or a smaller backbone or views",
+    "traffic": "train.compile fuses operations; more devices",
     "launch": "more images per device, or train.compile: the device waits for the host",
     "network": "fewer devices or a larger train.batch_size; devices of one node; train.sync_bn=false if it fits",
     "data": "more data.workers with as many cores, or smaller copies of the images: data.packed_size=256",
 }
+_HALF = "16-bit numbers (train.precision), which the device computes faster; "
 
 
 @dataclass(frozen=True)
@@ -76,6 +76,11 @@ class Prediction:
     limit: str = ""
 
     @property
+    def seconds(self) -> float:
+        """Of a step."""
+        return self.pace.seconds if self.pace else 0.0
+
+    @property
     def device_hours(self) -> float:
         return self.hours * self.cluster.devices
 
@@ -114,7 +119,8 @@ def predict(subject: Subject, cluster: Cluster, cores: int, speedup: float = 1.0
     except ConfigError as error:
         return Prediction(cluster, problem=error.message, advice=error.hint or "", limit="batch")
     device = cluster.shared()
-    spent = pace(step, subject, device, cluster.nodes, _cores(subject, cluster, cores)).scaled(1 / speedup)
+    spent = pace(step, subject, device, cluster.nodes, _cores(subject, cluster, cores))
+    spent = spent.scaled(1 / speedup, shared=device.shares_host)
     rate = subject.batch / spent.seconds
     hours = subject.steps * spent.seconds / 3600
     images = image_bytes(subject)
@@ -124,7 +130,8 @@ def predict(subject: Subject, cluster: Cluster, cores: int, speedup: float = 1.0
     prediction = Prediction(cluster, None, "", step, spent, needed, host, rate, hours, LIMITS[spent.limit])
     if needed > device.memory:
         return replace(prediction, limit="memory capacity", advice=_memory_advice(subject, step, device, needed))
-    return replace(prediction, advice=_ADVICE[spent.limit])
+    faster = not half and cluster.device.faster_half and spent.limit in ("arithmetic", "traffic")
+    return replace(prediction, advice=(_HALF if faster else "") + _ADVICE[spent.limit])
 
 
 def device_bytes(memory: Memory, device: Device) -> float:
@@ -172,9 +179,6 @@ def _memory_advice(subject: Subject, step: Step, device: Device, needed: float) 
     )
 
 
-def uncertainty(predictions: Sequence[Prediction], *, measured: bool) -> float:
+def uncertainty(*, measured: bool) -> float:
     """By which factor hours may be off, from the deviations in ``benchmarks/results/plan.md``."""
-    if measured:
-        return 1.25
-    names = {prediction.cluster.device.name for prediction in predictions}
-    return 1.5 if names <= {"v100", "a100"} else 2.0
+    return 1.4 if measured else 2.0

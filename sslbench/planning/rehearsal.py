@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -14,12 +14,14 @@ from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.overrides import TorchFunctionMode
 
 from sslbench import comm
+from sslbench.engine.accumulate import check_part_sizes, parts_of
 from sslbench.engine.optim import build_optimizer
+from sslbench.engine.recompute import checkpoint_activations
 from sslbench.errors import ConfigError, PluginError, SslbenchError
 from sslbench.planning.counting import Ledger, Operation
-from sslbench.planning.exchange import GRADIENTS, Exchanges, recorder, watch_normalisation
+from sslbench.planning.exchange import GRADIENTS, SHARDS, Exchanges, recorder, watch_normalisation
 from sslbench.planning.subject import Subject
-from sslbench.plugin.api import Batch, Build, Method, Progress, View
+from sslbench.plugin.api import Backbone, Batch, Build, Method, Progress, View
 from sslbench.rng import Draws
 
 
@@ -34,7 +36,6 @@ class Memory:
     buffers: int
     """Queues, banks, labels, running statistics."""
     gradients: int
-    """With the buckets in which ranks exchange them."""
     optimizer: int
     batch: int
     """Views of the images in the step and of those made for the next one."""
@@ -88,12 +89,15 @@ def rehearse(subject: Subject, world: int, *, half: bool) -> Step:
             f"train.batch_size={subject.batch} gives some of {world} processes no image",
             hint=f"train.batch_size={world} or more",
         )
+    check_part_sizes(subject.composed, world)
     exchanges = Exchanges(Counter())
     fake = FakeTensorMode(allow_non_fake_inputs=True)
     with comm.rehearsing(world, recorder(exchanges, world)), _as_plugin_error(subject):
         with fake, _Copying():
             method = _build(subject)
         batch = _batch(subject, rows, fake)
+        if subject.composed.core.train.checkpoint_activations:
+            checkpoint_activations(method)
         exchanges.counts.clear()
         return _Rehearsal(subject, method, batch, exchanges, half=half).run()
 
@@ -107,7 +111,7 @@ def _as_plugin_error(subject: Subject) -> Iterator[None]:
     except (RuntimeError, NotImplementedError, TypeError, ValueError) as error:
         raise PluginError(
             f"method '{subject.composed.method.name}' cannot be counted without values: {error}",
-            hint="plan with measured steps alone: --measure 5 --no-counts",
+            hint="a method must not read tensors on the host within a step, which also makes a GPU wait",
         ) from error
 
 
@@ -181,18 +185,42 @@ class _Rehearsal:
         self._forward_and_backward()
         peak = self.ledger.peak
         optimizer = self._update()
-        buckets = weights if world > 1 else 0
-        self.exchanges.add(GRADIENTS, "all_reduce", weights, world)
         most = max(peak + optimizer, self.ledger.peak)
         activations = most - weights - frozen - buffers - batch - weights - optimizer
         return Step(
             world=world,
             rows=len(self.batch),
             operations=tuple(self.ledger.operations),
-            memory=Memory(weights, frozen, buffers, weights + buckets, optimizer, 2 * batch, max(0, activations)),
+            memory=self._distributed(
+                Memory(weights, frozen, buffers, weights, optimizer, 2 * batch, max(0, activations))
+            ),
             exchanges=self.exchanges,
             parameters=sum(p.numel() for p in trained),
             backbone_parameters=sum(p.numel() for p in self.method.export().parameters()),
+        )
+
+    def _distributed(self, alone: Memory) -> Memory:
+        """With shares of the backbones only, if they are sharded; counts what ranks exchange of parameters."""
+        world, exchanges = comm.world(), self.exchanges
+        if world == 1 or self.core.train.parallel == "ddp":
+            exchanges.add(GRADIENTS, "all_reduce", alone.weights, world)
+            return alone
+        backbones = [module for module in self.method.modules() if isinstance(module, Backbone)]
+        trained = sum(_nbytes(p) for b in backbones for p in b.parameters() if p.requires_grad)
+        frozen = sum(_nbytes(p) for b in backbones for p in b.parameters() if not p.requires_grad)
+        exchanges.add(GRADIENTS, "all_reduce", alone.weights - trained, world)
+        exchanges.add(GRADIENTS, "all_gather", trained // world, world)  # scattering sums sends as much
+        for size in (trained, trained, frozen):  # for the forward and for the backward pass
+            exchanges.add(SHARDS, "all_gather", size // world, world)
+        largest = max(sum(map(_nbytes, part.parameters())) for b in backbones for part in b.segments() or [b])
+        spared, states = trained - trained // world, alone.optimizer / max(1, alone.weights)
+        return replace(
+            alone,
+            weights=alone.weights - spared,
+            frozen=alone.frozen - (frozen - frozen // world),
+            gradients=alone.gradients - spared,
+            optimizer=alone.optimizer - int(spared * states),
+            activations=alone.activations + 2 * largest,
         )
 
     def _sharing(self, world: int) -> int:
@@ -203,10 +231,11 @@ class _Rehearsal:
     def _forward_and_backward(self) -> None:
         with ExitStack() as stack:
             stack.enter_context(self.ledger)
-            with torch.autocast("cpu", torch.bfloat16, enabled=self.half):
-                loss = self.method(self.batch)["loss"]
-            with self.ledger.phase("backward"):
-                loss.backward()
+            for part in parts_of(self.batch, self.core.train.accumulate):
+                with torch.autocast("cpu", torch.bfloat16, enabled=self.half):
+                    loss = self.method(part)["loss"]
+                with self.ledger.phase("backward"):
+                    loss.backward()
 
     def _update(self) -> int:
         """The optimiser's step and what follows; bytes of the optimiser's state."""

@@ -46,10 +46,10 @@ class Pace:
         """What takes longest: the field's name."""
         return max(vars(self), key=lambda name: float(getattr(self, name)))
 
-    def scaled(self, factor: float) -> Pace:
-        """With other seconds on the device itself."""
+    def scaled(self, factor: float, *, shared: bool) -> Pace:
+        """With other seconds on the device itself; ``shared``: views are made by the same cores."""
         device = (self.arithmetic * factor, self.traffic * factor, self.launch * factor)
-        return Pace(*device, self.network, self.data)
+        return Pace(*device, self.network, self.data * factor if shared else self.data)
 
 
 @dataclass(frozen=True)
@@ -91,11 +91,11 @@ def view_seconds(subject: Subject, device: Device, cores: Cores) -> float:
 
 def _slower(operation: Operation, device: Device) -> tuple[float, bool]:
     """Seconds, and whether arithmetic decides about them."""
-    moving = operation.traffic / (device.bandwidth * device.bandwidth_reached)
+    moving = operation.traffic / (device.bandwidth * device.bandwidth_reached * device.practice)
     if operation.arithmetic == "none":
         return moving, False
     name = operation.arithmetic
-    multiplying = operation.flops / (device.peaks[name] * device.reached[name])
+    multiplying = operation.flops / (device.peaks[name] * device.reached[name] * device.practice)
     return max(moving, multiplying), multiplying >= moving
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from sslbench.config.compose import Composed
@@ -47,6 +47,12 @@ class Subject:
     @property
     def steps(self) -> int:
         return self.composed.core.train.epochs * self.steps_per_epoch
+
+    def with_batch(self, rows: int) -> Subject:
+        """The same run with another global batch."""
+        core = self.composed.core
+        train = core.train.model_copy(update={"batch_size": rows})
+        return replace(self, composed=replace(self.composed, core=core.model_copy(update={"train": train})))
 
     @property
     def side(self) -> int:

@@ -20,7 +20,7 @@ _MEMORY = {
     "weights": "weights that train",
     "frozen": "frozen weights (target networks)",
     "buffers": "queues, banks, statistics",
-    "gradients": "gradients and their buckets",
+    "gradients": "gradients",
     "optimizer": "optimiser state",
     "batch": "views, of this step and the next",
     "activations": "activations, temporary results",
@@ -40,7 +40,7 @@ class Plan:
     @property
     def factor(self) -> float:
         """By which hours may be off."""
-        return uncertainty(self.predictions, measured=self.measured is not None)
+        return uncertainty(measured=self.measured is not None)
 
 
 def print_plan(plan: Plan, *, explain: bool, as_json: bool) -> None:
@@ -226,6 +226,7 @@ def _assumptions(plan: Plan) -> list[str]:
         f"images: {subject.images:,} of {height}x{width} ({subject.facts})",
         f"device: {device.source}",
         f"arithmetic: {peaks}",
+        f"of such speeds, which a vendor's tuned program reaches, {device.practice:.0%} are taken for a run",
         f"its memory: {device.memory / 1e9:.3g} GB, {device.bandwidth / 1e9:.4g} GB/s at "
         f"{device.bandwidth_reached:.0%}; {device.reserved / 1e9:.2g} GB taken before training, "
         f"{device.slack:.0%} more than what is alive",
