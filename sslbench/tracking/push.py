@@ -231,7 +231,8 @@ class Push:
         folder = local_path(self.state.artifact_uri)
         if folder is None:
             return
-        if folder.resolve() != self.run_dir.resolve():
+        # A folder of runs that is gone was moved, or its disk is not mounted: it is not made anew.
+        if folder.resolve() != self.run_dir.resolve() and folder.parents[2].exists():
             with suppress(OSError):  # told below
                 folder.parent.mkdir(parents=True, exist_ok=True)
                 with suppress(OSError):
@@ -367,7 +368,7 @@ class Push:
         return f"{method}-s{seed}" if method and seed else self.record.name
 
     def _model_files(self, model_id: str, location: str, checkpoint: Path) -> None:
-        folder = local_path(location)
+        folder = self._moved_along(local_path(location))
         for file in (checkpoint / name for name in MODEL_FILES):
             if not file.exists():
                 continue
@@ -376,8 +377,14 @@ class Push:
             else:
                 _same_file(file, folder / file.name)
 
+    def _moved_along(self, folder: Path | None) -> Path | None:
+        """``<root>/<experiment>/models/<id>/artifacts``, below the folder of runs of today if the old one is gone."""
+        if folder is None or len(folder.parents) < 4 or folder.parents[3].exists():
+            return folder
+        return Path(self.record.root) / folder.relative_to(folder.parents[3])
+
     def _delete_model(self, path: str) -> None:
-        folder = self.store.delete_model(self.state.models[path])
+        folder = self._moved_along(self.store.delete_model(self.state.models[path]))
         del self.state.models[path]
         if folder is not None:
             for name in MODEL_FILES:
