@@ -378,7 +378,7 @@ class Push:
                 _same_file(file, folder / file.name)
 
     def _moved_along(self, folder: Path | None) -> Path | None:
-        """``<root>/<experiment>/models/<id>/artifacts``, below the folder of runs of today if the old one is gone."""
+        """``<root>/<experiment>/models/<id>/artifacts``, below the folder of runs where it is now."""
         if folder is None or len(folder.parents) < 4 or folder.parents[3].exists():
             return folder
         return Path(self.record.root) / folder.relative_to(folder.parents[3])
