@@ -58,16 +58,19 @@ class Watch:
         """
         bad = self._first_bad()
         if bad is not None:
-            raise self._diverged(bad, {}, lr)
+            raise self._diverged(bad, {"train/loss": self._summed()[bad - self._seen - 1]}, lr)
         if self._places(dict(self.method.state_dict())):
             raise self._diverged(done, {}, lr)
 
     def _first_bad(self) -> int | None:
         """The first step since the last look whose loss is not finite on any rank."""
-        if not self._losses:
-            return None
-        losses = comm.all_sum(torch.stack(self._losses)).isfinite().tolist()
-        return self._seen + 1 + losses.index(False) if False in losses else None
+        finite = [math.isfinite(loss) for loss in self._summed()]
+        return self._seen + 1 + finite.index(False) if False in finite else None
+
+    def _summed(self) -> list[float]:
+        """Losses since the last look, summed over ranks."""
+        losses: list[float] = comm.all_sum(torch.stack(self._losses)).tolist() if self._losses else []
+        return losses
 
     def _diverged(self, step: int, scalars: Mapping[str, float], lr: float) -> DivergedError:
         bad = {key: value for key, value in scalars.items() if not math.isfinite(value)}
