@@ -116,7 +116,7 @@ def write_code(file: Path) -> None:
 
 def sign(folder: Path, name: str) -> None:
     meta = json.loads((folder / "meta.json").read_text())
-    del meta["sha256"]["meta.json"]
+    meta["sha256"].pop("meta.json", None)  # signed before
     meta["sha256"][name] = hashlib.sha256((folder / name).read_bytes()).hexdigest()
     (folder / "meta.json").write_text(json.dumps(meta))
 

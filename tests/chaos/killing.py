@@ -251,7 +251,7 @@ FAULTS = [
     Fault("SIGKILL at 14 moments of one run", trials(again_and_again, STORE), 1),
     Fault("SIGKILL on 1 rank, resume on 2", trials(moved(1, 2), CLOSE), 4),
     Fault("SIGKILL on 2 ranks, resume on 1", trials(moved(2, 1), CLOSE), 4),
-    Fault("SIGTERM", trials(stopped(signal.SIGTERM), f"exit 75; {BITS}"), 5, quick=1),
+    Fault("SIGTERM", trials(stopped(signal.SIGTERM), f"exit 75; {BITS}"), 5),
     Fault("SIGUSR1", trials(stopped(signal.SIGUSR1), f"exit 75; {BITS}"), 5),
     Fault("SIGTERM to one of two ranks", trials(one_of_two_stopped, f"both exit 75; {CLOSE}"), 4),
 ]
