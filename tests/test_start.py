@@ -68,7 +68,7 @@ def process() -> StoreProcess:
 def test_errors_of_the_store_come_back_as_they_are(process: StoreProcess, tmp_path: Path) -> None:
     (tmp_path / "mlflow.db").write_text("this is no database")
     with pytest.raises((StoreError, RejectedError), match="file is not a database"):
-        process.call("open", f"sqlite:///{tmp_path / 'mlflow.db'}", {})
+        process.call("open", f"sqlite:///{tmp_path / 'mlflow.db'}", False, {})
     with pytest.raises(StoreError, match="no attribute"):
         process.call("no such function")
     process.close()
@@ -77,7 +77,7 @@ def test_errors_of_the_store_come_back_as_they_are(process: StoreProcess, tmp_pa
 def test_a_call_does_not_outlive_the_process(process: StoreProcess) -> None:
     os.kill(process._child.pid, signal.SIGKILL)
     with pytest.raises(StoreError, match="has ended"):
-        process.call("open", "sqlite:///mlflow.db", {})
+        process.call("open", "sqlite:///mlflow.db", False, {})
     assert not process.alive
 
 
@@ -119,4 +119,6 @@ def test_a_store_that_cannot_be_opened_is_tried_again(workdir: Path) -> None:
     folder = workdir / "later"
     folder.write_text("a file")
     with pytest.raises((StoreError, RejectedError)):
-        open_store(f"sqlite:///{folder / 'mlflow.db'}")
+        open_store(f"sqlite:///{folder / 'mlflow.db'}", patient=False)
+    folder.unlink()
+    assert open_store(f"sqlite:///{folder / 'mlflow.db'}", patient=False)
