@@ -12,7 +12,7 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 from evals_kit import make_backbone, make_dataset
-from streaming_kit import evaluate, same_bits, small_device
+from streaming_kit import divided, evaluate, same_bits, small_device
 from torch import Tensor
 
 from sslbench.config.schema import DataOptions
@@ -56,6 +56,12 @@ def every_protocol(rank: int, world: int, folder: Path) -> None:
     with small_device():
         streamed = evaluate(folder / "streamed", folder / "small")
     torch.save({"held": held, "streamed": streamed}, folder / f"rank{rank}.pt")
+    dist.destroy_process_group()
+
+
+def more_ranks_than_classes(rank: int, world: int, folder: Path) -> None:
+    join(rank, world, folder)
+    torch.save(evaluate(folder / "jobs", folder / "cache", divided()), folder / f"rank{rank}.pt")
     dist.destroy_process_group()
 
 
@@ -105,6 +111,13 @@ def test_two_ranks_give_the_results_of_one_for_every_protocol(tmp_path: Path) ->
     for kind, results in first.items():
         for name, expected in alone.items():
             close(results[name], expected, f"{kind} {name}")
+
+
+def test_ranks_without_a_class_or_a_draw_get_the_results_of_one(tmp_path: Path) -> None:
+    mp.spawn(more_ranks_than_classes, args=(4, tmp_path), nprocs=4)
+    alone = evaluate(tmp_path / "alone", tmp_path / "cache", divided())
+    for rank in range(4):
+        close(torch.load(tmp_path / f"rank{rank}.pt", weights_only=True), alone, f"rank {rank}")
 
 
 def test_ranks_without_an_image_get_the_whole_table(tmp_path: Path) -> None:

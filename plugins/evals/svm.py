@@ -96,7 +96,7 @@ class Svm(EvalProtocol):
 
     def _choose(self, job: Job, inputs: Tensor | FeatureRows, signs: Tensor) -> list[float]:
         """The cost of each class, ``[C]``: that of the best mean average precision over the folds."""
-        if len(self.cfg.costs) == 1:
+        if len(self.cfg.costs) == 1 or not len(signs):
             return [self.cfg.costs[0]] * len(signs)
         machines = self.cfg.folds * len(self.cfg.costs) * signs.shape[1]
         groups = torch.split(signs, max(1, HELD // machines))

@@ -140,7 +140,7 @@ def fit_svms(
             :func:`unit_chunks`.
         signs: ``[G,N]``: 1 or -1.
         shares: ``[G,N]``: weight of each image, 0 for images that a machine does not see.
-        costs: ``[G]``.
+        costs: ``[G]``; G may be 0.
 
     Returns:
         ``[G,D+1]``; the last column is the bias.
@@ -159,7 +159,8 @@ def fit_svms(
         return value, gradient
 
     width = inputs.dim + 1 if isinstance(inputs, FeatureRows) else inputs.shape[1]
-    return _solve(objective, torch.zeros(len(costs), width, device=costs.device), tolerance, max_steps)
+    start = torch.zeros(len(costs), width, device=costs.device)
+    return _solve(objective, start, tolerance, max_steps) if len(costs) else start
 
 
 def unit_chunks(inputs: Tensor | FeatureRows, size: int) -> Iterator[Tensor]:
