@@ -89,7 +89,6 @@ def test_a_run_of_somebody_else_talks_to_nobody_and_writes_nowhere_else(
     assert stranger.uri in config.read_text()
     edit(given / "sync.json", uri=stranger.uri, store_run_id="0" * 32, artifact_uri=str(target / "autostart"))
     (given / "evals").mkdir(exist_ok=True)
-    (given / "evals" / "private.json").symlink_to("/etc/hostname")
     command(f"eval knn {given} k=3")
     command(f"sync {given}", code=1)  # our own store is out of reach in these tests
     command(f"pretrain --resume {given} train.limit=2")
@@ -100,6 +99,35 @@ def test_a_run_of_somebody_else_talks_to_nobody_and_writes_nowhere_else(
     record = RunRecord.load(given)
     assert "../../secret" not in record.checkpoints
     assert Path(record.root) == given.parent
+
+
+@pytest.mark.parametrize("place", ["command.txt", ".run.lock", "evals/private.json", "checkpoints/step-1", "a/b"])
+def test_a_run_of_somebody_else_has_no_links_that_lead_out(
+    place: str, command: Command, given: Path, workdir: Path
+) -> None:
+    secret = workdir / "home" / "secret"
+    secret.mkdir(parents=True)
+    (secret / "key").write_text("mine")
+    link = given / place
+    link.parent.mkdir(exist_ok=True)
+    link.unlink(missing_ok=True)
+    link.symlink_to(secret if place.endswith("step-1") else secret / "key")
+    for line in (f"sync {given}", f"pretrain --resume {given} train.limit=2", f"eval knn {given} k=3"):
+        assert "leads out of the run" in command(line, code=2).err
+    assert (secret / "key").read_text() == "mine"
+    assert [path.name for path in secret.iterdir()] == ["key"]
+    link.unlink()
+    link.symlink_to(given / "config.yaml")
+    assert RunRecord.load(given).moved_from
+
+
+@pytest.mark.parametrize("root", [".", "", "/proc/self/cwd"])
+def test_a_run_of_somebody_else_cannot_pass_for_ones_own(
+    root: str, given: Path, stranger: Listener, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    edit(given / "run.json", root=root, tracking_uri=stranger.uri)
+    monkeypatch.chdir(given.parent)
+    assert RunRecord.load(given).tracking_uri != stranger.uri
 
 
 def test_the_listener_would_notice(command: Command, given: Path, stranger: Listener) -> None:

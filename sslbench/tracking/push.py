@@ -370,7 +370,7 @@ class Push:
     def _model_files(self, model_id: str, location: str, checkpoint: Path) -> None:
         folder = self._moved_along(local_path(location))
         for file in (checkpoint / name for name in MODEL_FILES):
-            if not file.exists():
+            if not file.exists() or not self._is_own(file):
                 continue
             if folder is None:
                 self.store.upload_to_model(model_id, file)
@@ -418,8 +418,11 @@ class Push:
     def _files_to_upload(self) -> list[Path]:
         results = sorted((self.run_dir / "evals").rglob("*.json"))
         files = [self.run_dir / name for name in SMALL_FILES if (self.run_dir / name).exists()] + results
-        # A link in somebody else's run directory may lead to anything of ours.
-        return [file for file in files if file.resolve().is_relative_to(self.run_dir.resolve())]
+        return [file for file in files if self._is_own(file)]
+
+    def _is_own(self, file: Path) -> bool:
+        """Whether it is in the run directory: a link in somebody else's may lead to anything of ours."""
+        return file.resolve().is_relative_to(self.run_dir.resolve())
 
     def _close(self, run_id: str) -> None:
         if self.state.status != self.record.status:

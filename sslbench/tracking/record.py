@@ -69,6 +69,31 @@ def _moved_parent(parent: dict[str, str], old_root: Path, root: Path) -> dict[st
     return {"run_id": parent["run_id"], "run_dir": str(run_dir)} if known else None
 
 
+def _is_at(named: str, root: Path) -> bool:
+    """Whether a record names this folder of runs, and not whichever one the command happens to run in."""
+    path = Path(named)
+    return path.is_absolute() and path.parts[1:2] != ("proc",) and path.resolve() == root
+
+
+def _refuse_links_out(run_dir: Path) -> None:
+    """A link in somebody else's run directory may lead to anything of ours: to be sent, or to be written to.
+
+    Raises:
+        ConfigError: naming the link.
+    """
+    for folder, folders, files in os.walk(run_dir):
+        for path in (Path(folder, name) for name in (*folders, *files)):
+            if path.is_symlink() and not _leads_into(path, run_dir):
+                raise ConfigError(f"{path} is a link that leads out of the run", hint="remove it")
+
+
+def _leads_into(link: Path, folder: Path) -> bool:
+    try:
+        return link.resolve().is_relative_to(folder)
+    except (OSError, RuntimeError):  # links that lead to each other
+        return False
+
+
 @dataclass
 class RunRecord(_JsonFile):
     """Everything needed to tell the store about a run. Only the run's own process writes it."""
@@ -142,9 +167,10 @@ class RunRecord(_JsonFile):
     def _settle_at(self, here: Path) -> None:
         """Make the record true for the place where it was found."""
         root = folder_of_runs(here)
-        self.moved_from = None if Path(self.root).resolve() == root else self.root
+        self.moved_from = None if _is_at(self.root, root) else self.root
         if self.moved_from is None:
             return
+        _refuse_links_out(here)
         self.root, self.tracking_uri = str(root), resolve_tracking_uri(None)
         if self.parent is not None:
             self.parent = _moved_parent(self.parent, Path(self.moved_from), root)
