@@ -10,10 +10,10 @@ from typing import Any
 from unittest.mock import patch
 
 import torch
-from torch import Tensor
 
 from sslbench.engine.loop import Meter
 from sslbench.engine.setup import Parts
+from sslbench.engine.update import Update
 
 PHASES = ("geometry", "crop", "colours", "forward", "backward", "optimiser", "after step", "meter", "rest")
 Span = tuple[Any, Any]
@@ -22,8 +22,8 @@ Span = tuple[Any, Any]
 class Stopwatch:
     """Sums the time of each phase over steps: wall time of this process, on a GPU also the device's, by events.
 
-    On a GPU batches are made on a stream beside that of training, so phases overlap there and may add up to more
-    than a step; the host runs ahead of the device until it waits for it in the meter.
+    Batches are made beside the step before (on a GPU in a stream, on several CPU cores in a thread), so phases
+    overlap and may add up to more than a step. A GPU's host runs ahead of it until it waits for it in the meter.
     """
 
     def __init__(self, device: torch.device) -> None:
@@ -41,7 +41,7 @@ class Stopwatch:
             ("crop", views, "crop"),
             ("colours", views, "finish"),
             ("forward", method, "forward"),
-            ("backward", Tensor, "backward"),
+            ("backward", Update, "backward"),
             ("optimiser", optimizer, "step"),
             ("optimiser", optimizer, "zero_grad"),
             ("after step", method, "after_step"),

@@ -334,13 +334,25 @@ def patiently(work: Callable[[], _T]) -> _T:
     return result
 
 
+def on_first_rank(work: Callable[[], _T]) -> _T:
+    """Have the first rank do something quick and tell the others what it gives.
+
+    Raises:
+        LaunchError: on the others, if it has failed there; the first rank gets its own error.
+    """
+    result = patiently(lambda: work() if rank() == 0 else None)
+    return cast(_T, broadcast_object(result))
+
+
 def _check(said: tuple[int, str], other: int) -> None:
     """Raise what another rank's work has ended with."""
     code, text = said
     if code in _STOPPED:
         raise PreemptedError(f"rank {other} was stopped: {text}", hint="give the same command again")
     if code != ExitCode.OK:
-        raise LaunchError(f"rank {other} has failed: {text}", hint="its own message says more")
+        error = LaunchError(f"rank {other} has failed: {text}", hint="its own message says more")
+        error.exit_code = ExitCode(code)
+        raise error
 
 
 def begin_sum(value: Tensor) -> Callable[[], Tensor]:

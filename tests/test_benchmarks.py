@@ -135,7 +135,8 @@ def test_our_training_is_measured_with_its_ceiling_and_phases(images: Path) -> N
     more = ("train.batch_size=4", "train.device=cpu", "--ceiling", "0.05", "--phases", "0.05")
     result = run("ours.py", *chosen, *more, *TINY)
     spent = result["phases"]["milliseconds"]  # type: ignore[index]
-    assert all(spent[phase] > 0 for phase in ("geometry", "crop", "colours", "forward", "backward", "optimiser"))
+    known = ("geometry", "crop", "colours", "forward", "backward", "optimiser")
+    assert not [phase for phase in known if not spent[phase]]
     assert result["ceiling"]["images_per_second"] > 0  # type: ignore[index]
     assert result["memory_mb"] > 0  # type: ignore[operator]
 

@@ -127,7 +127,10 @@ def plan_after_pretraining(
 
 
 def finished_result(plan: EvalPlan, dataset_key: str) -> EvalOutcome | None:
-    """The result that this very evaluation of the newest checkpoint has already, such as before a resume."""
+    """The result that this very evaluation of the newest checkpoint has already, such as before a resume.
+
+    One rank asks.
+    """
     out_dir = evaluation_dir(plan.run_dir, plan.protocol.name, plan.protocol.subject(dataset_key))
     try:
         found = json.loads((out_dir / RESULT).read_text(encoding="utf-8"))
@@ -146,8 +149,8 @@ def finished_result(plan: EvalPlan, dataset_key: str) -> EvalOutcome | None:
         )
     except (OSError, ValueError, KeyError, TypeError, IndexError):
         return None
-    if comm.rank() == 0:  # it may be missing when the process was killed right after writing the result
-        headline(plan.run_dir, outcome.headline(), step=newest.step, log=logger.info)
+    # It may be missing when the process was killed right after writing the result.
+    headline(plan.run_dir, outcome.headline(), step=newest.step, log=logger.info)
     return outcome
 
 
@@ -159,7 +162,7 @@ def evaluate_run(plan: EvalPlan, catalog: Catalog, console: Console) -> EvalOutc
     """
     started = time.monotonic()
     # What only training needs may be damaged.
-    newest = checkpoint.latest(plan.run_dir, console.warn, [checkpoint.BACKBONE])
+    newest = comm.on_first_rank(lambda: checkpoint.latest(plan.run_dir, console.warn, [checkpoint.BACKBONE]))
     backbone, meta = checkpoint.load_backbone(newest, catalog)
     dataset = plan.dataset_class(plan.dataset_options)
     check_task(plan.protocol, dataset)

@@ -182,7 +182,7 @@ class Loop:
         self.update = Update(method, optimizer, clip=self.core.train.clip_grad, scaler=scaler, shards=shards)
         self.weights = part_weights(self.core.train.batch_size, comm.world(), self.core.train.accumulate)
         self.meter = meter or Meter()
-        self.clock = Clock(self.core.train.batch_size)
+        self.clock = Clock(self.core.train.batch_size, waited=loader.wait_seconds)
         self.peak = lr_factor * peak_lr(self.core.optim, self.core.train.batch_size)
         self.watch = Watch(method, device, plan.start_step)
 

@@ -125,7 +125,7 @@ class RunObserver:
         if len(self.rollbacks) >= options.rollback:
             return False
         self.settle()
-        if not checkpoint.good_before(self.tracker.run_dir, error.step):
+        if not comm.on_first_rank(lambda: checkpoint.good_before(self.tracker.run_dir, error.step)):
             return False
         self.rollbacks.diverged(error.step, options.rollback_factor)
         number = f"roll-back {len(self.rollbacks) + 1} of {options.rollback}"

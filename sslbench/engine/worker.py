@@ -5,12 +5,14 @@ from __future__ import annotations
 import shlex
 import time
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 
 import torch
 
 from sslbench import comm
 from sslbench.config.compose import Composed, differences_from_saved
+from sslbench.config.schema import TrainOptions
 from sslbench.data.store import DecodedStore
 from sslbench.engine import checkpoint
 from sslbench.engine.checkpoint import CheckpointMeta
@@ -24,7 +26,15 @@ from sslbench.engine.schedule import peak_lr
 from sslbench.engine.setup import Parts, Start, build_parts, prepare_torch, shards_parameters
 from sslbench.engine.stopping import StopSignal, stopped_by, stopping_at_once
 from sslbench.engine.trained import Trained
-from sslbench.errors import CheckpointError, ConfigError, DataError, DivergedError, PreemptedError, described
+from sslbench.errors import (
+    CheckpointError,
+    ConfigError,
+    DataError,
+    DivergedError,
+    PreemptedError,
+    SslbenchError,
+    described,
+)
 from sslbench.launch.environment import launch_words
 from sslbench.launch.identity import TAG, launch_id
 from sslbench.launch.recording import open_tracker
@@ -188,10 +198,10 @@ def _cure(error: DivergedError, composed: Composed, tracker: Tracker) -> Diverge
 def _restore(parts: Parts, trained: Trained, run_dir: Path, observer: RunObserver) -> Meter | None:
     """Bring method and optimiser to where the run was; without a checkpoint yet, to its beginning."""
     console = observer.console
-    if not checkpoint.list_checkpoints(run_dir):
+    path = comm.on_first_rank(lambda: _checkpoint_of(run_dir, observer))
+    if path is None:
         console.info("The run has no checkpoint yet: it begins again with its first step.")
         return None
-    path = checkpoint.latest(run_dir, console.warn, before=observer.rollbacks.before)
     _check_same_images(parts, checkpoint.read_meta(path, verify=False), run_dir)
     state = checkpoint.load_tensors(path / checkpoint.STATE)
     assert parts.plan is not None
@@ -207,6 +217,13 @@ def _restore(parts: Parts, trained: Trained, run_dir: Path, observer: RunObserve
         ) from error
     console.info(f"Resuming after step {parts.plan.start_step} from {path}")
     return meter
+
+
+def _checkpoint_of(run_dir: Path, observer: RunObserver) -> Path | None:
+    """The one to go on from. One rank looks: another may see a shared folder as it was a moment ago."""
+    if not checkpoint.list_checkpoints(run_dir):
+        return None
+    return checkpoint.latest(run_dir, observer.console.warn, before=observer.rollbacks.before)
 
 
 def _check_same_images(parts: Parts, meta: CheckpointMeta, run_dir: Path) -> None:
@@ -268,6 +285,11 @@ _CAUSES = {
 }
 
 
+def _apart(options: TrainOptions) -> tuple[int, ...]:
+    """The number of processes, where results depend on it."""
+    return (comm.world(),) if options.sync_bn is not True and comm.world() > 1 else ()
+
+
 def _warn_of_other_arithmetic(parts: Parts, resume: Path, console: Console) -> None:
     """A run that goes on elsewhere may round differently; whoever wants the same bits is told how to get them."""
     before = RunRecord.load(resume).tags
@@ -306,7 +328,7 @@ def _open_tracker(
     fingerprint = parts.dataset.fingerprint()
     precision = parts.precision
     # Runs whose results may be averaged differ by chance only: also the same images, start and precision.
-    group = (composed.group_hash(), fingerprint, start, precision)
+    group = (composed.group_hash(), fingerprint, start, precision, *_apart(core.train))
     tags = {
         "sslbench.method": composed.method.name,
         "sslbench.dataset": parts.dataset.key,
@@ -353,12 +375,14 @@ def _evaluate(composed: Composed, catalog: Catalog, parts: Parts, outcome: Outco
             if isinstance(plan, str):
                 console.info(f"Skipped {name}: {plan}")
                 continue
-            outcome.evals.append(finished_result(plan, parts.dataset.key) or evaluate_run(plan, catalog, console))
+            known = comm.on_first_rank(partial(finished_result, plan, parts.dataset.key))
+            outcome.evals.append(known or evaluate_run(plan, catalog, console))
         except PreemptedError:
             raise
         except Exception as error:
-            if comm.is_lost_contact(error):
-                raise  # the next one would need the same processes
+            unforeseen = comm.world() > 1 and not isinstance(error, SslbenchError)
+            if unforeseen or comm.is_lost_contact(error):
+                raise  # the next one needs the same processes, which may still be at this one
             outcome.failed.append(name)
             outcome.exit_code = _report_failure(name, error, outcome, console)
 

@@ -193,7 +193,7 @@ def extract(
         DataError: more images are unreadable.
     """
     extractor = Extractor(backbone, source, indices, preprocessing, batch_size, device, data)
-    rows, places = extractor.share(comm.rank(), comm.world())
+    rows, places = comm.patiently(lambda: extractor.share(comm.rank(), comm.world()))
     found = comm.gather(places)
     check_complete(len(indices) - len(found), extractor.max_unreadable)
     return IndexedFeatures(comm.gather(rows), indices[found].to(device))

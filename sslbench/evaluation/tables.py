@@ -136,7 +136,7 @@ def _begun(path: Path, key: Mapping[str, Any], wanted: Layout) -> ShardedTable |
 
 def _in_memory(extractor: Extractor, device: torch.device | None) -> StoredTable:
     """Without files: every rank computes its share and all get the whole."""
-    rows, places = extractor.share(comm.rank(), comm.world())
+    rows, places = comm.patiently(lambda: extractor.share(comm.rank(), comm.world()))
     target = device or torch.device("cpu")
     table = torch.zeros(len(extractor.indices), rows.shape[1], device=target)
     readable = torch.zeros(len(table), dtype=torch.bool)
@@ -225,12 +225,16 @@ class _Build:
         mine = rank_share(len(lacking), comm.rank(), comm.world())
         total = sum(len(self.shards.layout.ranges[number]) for number in lacking)
         own = lacking[mine.start : mine.stop]
+        return have + self._noted(comm.patiently(lambda: self._compute(own, total)))
+
+    def _compute(self, own: list[int], total: int) -> dict[int, list[int]]:
+        """This rank's part; on failure of one all end, so that none waits for it."""
         written = {}
         for number, rows, missing in self.extractor.shards(self.shards.layout.ranges, own, total):
             self.missing[number] = missing
             if self._wrote(number, rows, missing):
                 written[number] = missing
-        return have + self._noted(written)
+        return written
 
     def _wrote(self, number: int, rows: Tensor, missing: list[int]) -> bool:
         """Store a shard. A full disk is logged and the shard kept, if there is memory for all."""
