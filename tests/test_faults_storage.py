@@ -237,3 +237,34 @@ def test_divergence_names_steps_rate_and_the_last_good_checkpoint(command: Comma
         assert all(value.isfinite().all() for value in weights.values())
     assert status("lost") == "FAILED"
     command(f"pretrain --config {run_dir('lost') / 'config.yaml'} optim.lr=1e-3 --limit 2 --no-evals")
+
+
+@pytest.mark.parametrize("deleted", ["completely", "by half", "not yet"])
+def test_a_kill_between_a_save_and_its_announcement_is_made_good(command: Command, deleted: str) -> None:
+    command(f"pretrain {DIGITS} --no-evals checkpoint.every_steps=1 checkpoint.keep=2 --limit 4 run.name=silent")
+    older, newest = kept = checkpoints("silent")
+    before = older.with_name("step-00000002")
+    if deleted != "completely":
+        shutil.copytree(older, before)
+    if deleted == "by half":
+        (before / "state.pt").unlink()
+    record = json.loads((run_dir("silent") / "run.json").read_text())
+    right = record["checkpoints"]
+    record["checkpoints"] = {f"checkpoints/{path.name}": {"step": int(path.name[5:])} for path in (before, older)}
+    (run_dir("silent") / "run.json").write_text(json.dumps(record))
+
+    assert "has all its 4 steps already" in command("pretrain --resume silent").err
+    assert checkpoints("silent") == kept
+    assert list(json.loads((run_dir("silent") / "run.json").read_text())["checkpoints"].items()) == list(
+        right.items()
+    )
+    assert [Path(path).name for path in right] == [older.name, newest.name]
+
+
+def test_a_lost_pointer_is_said_and_the_newest_checkpoint_used(command: Command) -> None:
+    command(f"{RUN} --limit 2 run.name=pointless")
+    newest = checkpoints("pointless")[-1]
+    (newest.parent / "LATEST").unlink()
+    said = command("pretrain --resume pointless").err
+    assert "LATEST is missing; looking for the newest checkpoint" in said
+    assert "Resuming after step 2" in said

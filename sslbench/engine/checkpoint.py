@@ -155,16 +155,18 @@ def latest(
 def _candidates(run_dir: Path, log: Callable[[str], None]) -> Iterator[Path]:
     """The one that LATEST names and those before it, newest first; all of them if it names none."""
     pointer = run_dir / FOLDER / LATEST
-    pointed = _pointed(run_dir)
+    pointed, existing = _pointed(run_dir), list_checkpoints(run_dir)
     if pointed is not None and (pointed / META).is_file():
         yield pointed
-        yield from (c for c in reversed(list_checkpoints(run_dir)) if c.name < pointed.name)
+        yield from (c for c in reversed(existing) if c.name < pointed.name)
         return
     if pointed is not None:
         log(f"checkpoint {pointed}, named by {LATEST}, is not there or has no {META}; looking for another one")
     elif pointer.exists():
         log(f"{pointer} is damaged; looking for the newest checkpoint")
-    yield from reversed(list_checkpoints(run_dir))
+    elif existing:
+        log(f"{pointer} is missing; looking for the newest checkpoint")
+    yield from reversed(existing)
 
 
 def read_meta(path: Path, *, verify: bool) -> CheckpointMeta:

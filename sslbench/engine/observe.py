@@ -114,6 +114,14 @@ class RunObserver:
         self._announce(self.saver.finished())
         return self.stop.agreed()
 
+    def catch_up(self, done: int) -> None:
+        """Complete what a killed process has left undone between writing a checkpoint and telling of it."""
+        if comm.rank() > 0:
+            return
+        self.saver.make_room(done)
+        kept = checkpoint.list_checkpoints(self.tracker.run_dir)
+        self.tracker.reconcile({path: checkpoint.step_of(path) for path in kept}, done)
+
     def settle(self) -> None:
         """Wait until every checkpoint is on disk, on all ranks: then they may look for it."""
         self._announce(self.saver.finished(wait=True))

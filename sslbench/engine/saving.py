@@ -6,6 +6,7 @@ import shutil
 from collections import deque
 from collections.abc import Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -68,6 +69,12 @@ class Saver:
             self._settle()
         done, self._saved = self._saved, []
         return done
+
+    def make_room(self, step: int) -> None:
+        """Delete what the checkpoint of a step makes superfluous, if the process that wrote it could not."""
+        written = [path for path in checkpoint.list_checkpoints(self.run_dir) if checkpoint.step_of(path) == step]
+        for path in written:
+            self._retention.add(path, None)
 
     def _settle(self) -> None:
         pending, self._pending = self._pending, None
@@ -139,8 +146,12 @@ class Retention:
         self.keep_epochs = keep_epochs
         self._newest: deque[tuple[Path, int | None]] | None = None
 
-    def add(self, path: Path, epoch: int) -> list[Path]:
-        """Take note of a new checkpoint and delete what it makes superfluous; returns the deleted folders."""
+    def add(self, path: Path, epoch: int | None) -> list[Path]:
+        """Take note of a new checkpoint and delete what it makes superfluous; returns the deleted folders.
+
+        Args:
+            epoch: None: read it when it is needed.
+        """
         if self._newest is None:
             self._newest = deque((old, None) for old in checkpoint.list_checkpoints(self.run_dir))
         # Later ones are what a resumed run has passed over as damaged: they must not crowd out good ones.
@@ -150,7 +161,7 @@ class Retention:
         old = [self._newest.popleft() for _ in range(len(self._newest) - self.keep)]
         deleted = [path for path, epoch in old if not self._stays(path, epoch)]
         for path in deleted:
-            shutil.rmtree(path, ignore_errors=True)
+            _delete(path)
         return deleted
 
     def _stays(self, path: Path, epoch: int | None) -> bool:
@@ -158,3 +169,11 @@ class Retention:
             return False
         epoch = checkpoint.epoch_of(path) if epoch is None else epoch
         return epoch is not None and epoch % self.keep_epochs == 0
+
+
+def _delete(path: Path) -> None:
+    """meta.json last: whoever is killed half way leaves something that still counts as a checkpoint to delete."""
+    with suppress(OSError):
+        for name in (checkpoint.STATE, checkpoint.BACKBONE):
+            (path / name).unlink(missing_ok=True)
+    shutil.rmtree(path, ignore_errors=True)

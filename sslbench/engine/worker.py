@@ -129,6 +129,7 @@ def _train(
     meter = _restore(parts, trained, resume, observer) if resume else None
     if resume:
         tracker.rewind(parts.plan.start_step)
+        observer.catch_up(parts.plan.start_step)
         observer.note_rollbacks()
     if parts.plan.start_step >= parts.plan.stop_step:
         console.info(f"The run has all its {parts.plan.start_step} steps already.")

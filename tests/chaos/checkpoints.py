@@ -171,6 +171,7 @@ FAULTS = [
     Fault("a bit of a checkpoint flipped", trials(damaged(flipped), BEFORE), 12, quick=1),
     Fault("file of a checkpoint removed", trials(damaged(removed), BEFORE), 3),
     Fault("LATEST points nowhere", trials(lost_pointer(_nowhere), FOUND), 2),
+    Fault("LATEST is removed", trials(lost_pointer(removed), FOUND), 2),
     Fault("LATEST is garbage", trials(lost_pointer(_garbage), FOUND), 4),
     Fault("state.pt damaged, then an evaluation", trials(state_alone, "the newest backbone, the same numbers"), 3),
 ]

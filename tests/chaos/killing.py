@@ -23,6 +23,7 @@ from chaos.runs import (
     resumed_after,
     whole,
 )
+from chaos.servers import expect_recorded
 from chaos.trials import Trial, trials
 
 ATTEMPTS = 20
@@ -93,6 +94,7 @@ def killed(choose: Choose, *, migrated: bool = True) -> Trial:
         typed("sync last", view.path)
         expect_same(view.the_run(), expected)
         expect_stored(view.the_run(), view.path / "mlflow.db")
+        expect_recorded(view.the_run(), view.path / "mlflow.db")
         return max(0, min(reached, STEPS) - resumed_after(said)) if "Resuming" in said else reached
 
     return trial
@@ -126,6 +128,7 @@ def again_and_again(folder: Path, rng: random.Random) -> int:
     typed("sync last", folder)
     expect_same(view.the_run(), whole())
     expect_stored(view.the_run(), folder / "mlflow.db")
+    expect_recorded(view.the_run(), folder / "mlflow.db")
     return 0
 
 

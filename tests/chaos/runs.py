@@ -95,6 +95,8 @@ def expect_same(found: Path, expected: Path) -> None:
     """Promise that a run ended bit for bit as another one: files, weights, optimiser, curves, results."""
     names = [sorted(path.name for path in run.glob("checkpoints/*")) for run in (expected, found)]
     promise(names[0] == names[1], f"checkpoints {names[1]} instead of {names[0]}")
+    told = sorted(Path(path).name for path in json.loads((found / "run.json").read_text())["checkpoints"])
+    promise(told == [name for name in names[1] if name != "LATEST"], f"run.json has checkpoints {told}")
     for file in ("state.pt", "backbone.pt"):
         one, two = (flat(newest(run) / file) for run in (expected, found))
         promise(one.keys() == two.keys(), f"{file}: other entries")

@@ -134,14 +134,20 @@ def _free_port() -> int:
 
 def expect_exact(run_dir: Path, database: Path) -> None:
     """Promise that a store has what a run directory says, no less, no more and nothing twice."""
+    run_id = expect_recorded(run_dir, database)
+    with closing(sqlite3.connect(database)) as store:
+        points = _stored_points(store, run_id)
+    written = _written_points(run_dir)
+    promise(points == written, f"of {len(written)} points {_difference(written, points)}")
+
+
+def expect_recorded(run_dir: Path, database: Path) -> str:
+    """All of that but for the curves: a resumed run measures the time of its steps again. Returns the id."""
     record = json.loads((run_dir / "run.json").read_text())
     run_id = json.loads((run_dir / "sync.json").read_text())["store_run_id"]
     with closing(sqlite3.connect(database)) as store:
         promise(_one(store, "pragma integrity_check") == "ok", f"{database} is damaged")
         _expect_one_run(store, record, run_id)
-        points = _stored_points(store, run_id)
-        written = _written_points(run_dir)
-        promise(points == written, f"of {len(written)} points {_difference(written, points)}")
         params = dict(store.execute("select key, value from params where run_uuid = ?", (run_id,)).fetchall())
         wanted = {key: value[:6000] for key, value in record["params"].items()}
         promise(params == wanted, f"parameters {set(params.items()) ^ set(wanted.items())} differ")
@@ -149,6 +155,7 @@ def expect_exact(run_dir: Path, database: Path) -> None:
         different = [key for key, value in record["tags"].items() if tags.get(key) != value]
         promise(not different, f"tags {different} differ")
         _expect_models(store, record, run_id)
+    return str(run_id)
 
 
 def _expect_one_run(store: sqlite3.Connection, record: dict[str, Any], run_id: str) -> None:
