@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+import json
+import os
 import signal
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 
 from sslbench.errors import ConfigError, LaunchError, SslbenchError
 from sslbench.launch.addresses import free_port, is_own_address, own_address
-from sslbench.launch.environment import LAUNCH, first_host, settle_environment, tasks_of_step
-from sslbench.launch.identity import launch_id
+from sslbench.launch.agent import known_options
+from sslbench.launch.environment import LAUNCH, LAUNCHER, RESTARTS, first_host, settle_environment, tasks_of_step
+from sslbench.launch.identity import TAG, Asked, _find, launch_id
 from sslbench.launch.report import Report, read_report, report_file, write_report
 from sslbench.launch.request import LaunchRequest, at, meeting
 from sslbench.launch.verdict import End, Verdict, judge
@@ -116,6 +121,69 @@ def test_what_identifies_a_launch() -> None:
     assert launch_id({LAUNCH: "ours", "TORCHELASTIC_RUN_ID": "mine"}) == "ours"
     unnamed = launch_id({"TORCHELASTIC_RUN_ID": "none"})
     assert unnamed == launch_id({"TORCHELASTIC_RUN_ID": "none"}) != "none"
+
+
+def test_a_worker_remembers_how_often_it_was_started_again() -> None:
+    script = (
+        "import os; from sslbench.launch.environment import settle_environment as settle; settle(); settle(); "
+        f"print(os.environ['{RESTARTS}'], os.environ['TORCHELASTIC_RESTART_COUNT'])"
+    )
+    environ = {**os.environ, LAUNCHER: str(os.getpid()), "TORCHELASTIC_RESTART_COUNT": "2"}
+    environ.pop(RESTARTS, None)
+    # In a process of its own: it asks to be killed together with its launcher.
+    said = subprocess.run([sys.executable, "-c", script], env=environ, capture_output=True, text=True, check=True)
+    assert said.stdout.split() == ["2", "0"]
+
+
+def recorded(root: Path, name: str, status: str, identity: str, start: str = "") -> Path:
+    tags = {TAG: identity, "sslbench.config_hash": "c", "sslbench.start": start}
+    record = {"run_id": name, "name": name, "kind": "pretrain", "status": status, "tags": tags}
+    folder = root / name
+    folder.mkdir(parents=True)
+    (folder / "run.json").write_text(json.dumps(record))
+    return folder
+
+
+FIRST = {LAUNCH: "x", RESTARTS: "0"}
+AGAIN = {LAUNCH: "x", RESTARTS: "1"}
+
+
+@pytest.mark.parametrize(
+    ("status", "identity", "environ", "continues"),
+    [
+        ("FINISHED", "10.0.0.1:29400", FIRST, False),  # an address that is used again
+        ("FINISHED", "10.0.0.1:29400", AGAIN, True),
+        ("RUNNING", "10.0.0.1:29400", FIRST, True),  # the launcher was killed and typed again
+        ("FAILED", "10.0.0.1:29400", FIRST, True),
+        ("FINISHED", "0123abcd", FIRST, True),  # nobody else has this id
+        ("FINISHED", "mine", {}, False),  # torchrun
+        ("FINISHED", "mine", {"TORCHELASTIC_RESTART_COUNT": "1"}, True),
+    ],
+)
+def test_which_run_a_launch_continues(
+    tmp_path: Path, status: str, identity: str, environ: dict[str, str], continues: bool
+) -> None:
+    folder = recorded(tmp_path, "one", status, identity)
+    assert _find(tmp_path, Asked(identity, "c", None, ""), environ) == (folder if continues else None)
+
+
+def test_a_run_that_is_not_what_was_asked_for_is_passed_over(tmp_path: Path) -> None:
+    folder = recorded(tmp_path, "one", "KILLED", "h:1", start="sha")
+    recorded(tmp_path, "two", "FINISHED", "h:1", start="sha")
+    recorded(tmp_path, "numbered-2", "KILLED", "h:1", start="other")
+    assert _find(tmp_path, Asked("h:1", "c", None, "sha"), FIRST) == folder
+    assert _find(tmp_path, Asked("h:1", "c", "one", "sha"), FIRST) == folder
+    assert _find(tmp_path, Asked("h:1", "c", "numbered", "other"), FIRST) == tmp_path / "numbered-2"
+    for other in (Asked("h:1", "c", "three", "sha"), Asked("h:1", "c", None, ""), Asked("h:1", "d", None, "sha")):
+        assert _find(tmp_path, other, AGAIN) is None
+
+
+def test_options_that_older_versions_of_torch_lack_are_left_out() -> None:
+    def older(death_sig: int) -> None: ...
+    def newer(death_sig: int, timeout: int) -> None: ...
+
+    assert known_options(older, timeout=10) == {}
+    assert known_options(newer, timeout=10) == {"timeout": 10}
 
 
 @pytest.mark.parametrize(

@@ -270,6 +270,12 @@ def load_backbone(path: Path, catalog: Catalog) -> tuple[Backbone, CheckpointMet
     return backbone, meta
 
 
+def start_of(run_dir: Path) -> str:
+    """The digest of the weights that another run would start from; it is recorded as ``sslbench.start``."""
+    path = latest(run_dir, lambda message: None, [BACKBONE])
+    return read_meta(path, verify=False).sha256[BACKBONE]
+
+
 def step_of(path: Path) -> int:
     """How many steps had been done, by the name of its folder."""
     return int(path.name.removeprefix("step-"))

@@ -7,6 +7,7 @@ close their files.
 
 from __future__ import annotations
 
+import inspect
 import os
 import signal
 import socket
@@ -32,6 +33,8 @@ STOP_LIMIT_S = 600.0
 #: How long the others may go on after one worker has failed: they notice, and close the run's files.
 PEERS_LIMIT_S = 20.0
 _POLL_S = 0.05
+#: How long workers that must end may take before they are killed.
+_CLOSING_S = 10
 _VERDICT, _VERDICT_WAIT_S = "verdict", 3.0
 _LOOK_S = 1.0
 
@@ -45,7 +48,8 @@ class Agent(LocalElasticAgent):
     """
 
     def __init__(self, spec: WorkerSpec, folder: Path, say: Callable[[str], None]) -> None:
-        super().__init__(spec, Logs(folder), shutdown_timeout=10)
+        limit = known_options(LocalElasticAgent.__init__, shutdown_timeout=_CLOSING_S)
+        super().__init__(spec, Logs(folder), **limit)
         self._folder = folder
         self._say = say
         self._asked: int | None = None
@@ -122,19 +126,19 @@ class Agent(LocalElasticAgent):
         self._signal_workers(signal.SIGTERM)  # another machine has ended, and they would wait for it
         return False
 
-    def _stop_workers(self, worker_group: WorkerGroup) -> None:
+    def _stop_workers(self, worker_group: WorkerGroup, **options: Any) -> None:
         """Also called when machines come: workers that still train then save first."""
         if not self._failed():
             self._signal_workers(signal.SIGTERM)
             self._wait(worker_group, lambda: STOP_LIMIT_S)
         self._passing_on = False
-        super()._stop_workers(worker_group)
+        super()._stop_workers(worker_group, **options)
 
     def _let_end(self, worker_group: WorkerGroup) -> None:
         self._wait(worker_group, self._limit)
         if len(self._ends) < len(worker_group.workers):
             self._passing_on = False
-            self._shutdown(signal.SIGTERM, timeout=10)
+            self._shutdown(signal.SIGTERM, **known_options(self._shutdown, timeout=_CLOSING_S))
             self._poll(worker_group, cleared=True)
 
     def _limit(self) -> float:
@@ -237,6 +241,11 @@ class Logs(LogsSpecs):
             stderrs=errors,
             error_files=dict.fromkeys(ranks, os.devnull),
         )
+
+
+def known_options(function: Callable[..., Any], **options: Any) -> dict[str, Any]:
+    """Those that the function takes: in older versions of torch some time limits cannot be set."""
+    return {name: value for name, value in options.items() if name in inspect.signature(function).parameters}
 
 
 def signals_go_to(agent: Agent) -> dict[int, Any]:

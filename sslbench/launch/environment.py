@@ -18,6 +18,8 @@ _OURS = VARIABLES[:3]
 
 #: Set by our launcher in its workers: the id of the launch, the launcher's process, the folder for reports.
 LAUNCH, LAUNCHER, FOLDER = "SSLBENCH_LAUNCH", "SSLBENCH_LAUNCHER", "SSLBENCH_LAUNCH_FOLDER"
+#: Set by a worker: how often its launcher has started the processes again.
+RESTARTS = "SSLBENCH_RESTARTS"
 #: The options that start such a launch again, for hints.
 OPTIONS = "SSLBENCH_LAUNCH_OPTIONS"
 
@@ -35,6 +37,7 @@ def settle_environment(environ: MutableMapping[str, str] = os.environ) -> bool:
     if LAUNCHER in environ:
         _die_with(int(environ[LAUNCHER]))
         # A machine that came back counts from zero: what ranks agree on must not depend on it.
+        environ.setdefault(RESTARTS, environ.get("TORCHELASTIC_RESTART_COUNT", "0"))
         environ["TORCHELASTIC_RESTART_COUNT"] = "0"
     if not any(name in environ for name in _OURS):
         environ.update(_slurm_place(environ))

@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import os
+import re
 import socket
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from sslbench import comm
+from sslbench.engine.checkpoint import start_of
 from sslbench.engine.runs import pretrained_runs
-from sslbench.launch.environment import LAUNCH, tasks_of_step
+from sslbench.launch.environment import LAUNCH, RESTARTS, tasks_of_step
+from sslbench.untrusted import file_name
 
 TAG = "sslbench.launch"
 
@@ -28,21 +32,47 @@ def launch_id(environ: Mapping[str, str] = os.environ) -> str | None:
     return None
 
 
-def run_of_launch(root: Path, config_hash: str) -> Path | None:
-    """The run that an earlier start of this launch has begun with the same options, equal on all ranks."""
+def run_of_launch(root: Path, config_hash: str, name: str | None, init_from: Path | None) -> Path | None:
+    """The run that an earlier start of this launch has begun with the same options, equal on all ranks.
+
+    Args:
+        name: what the user calls the run, if anything.
+        init_from: the run whose weights it starts from.
+    """
     identity = launch_id()
     if identity is None:
         return None
-    found = _find(root, identity, config_hash) if comm.rank() == 0 else None
+    asked = Asked(identity, config_hash, name, start_of(init_from) if init_from else "")
+    found = _find(root, asked, os.environ) if comm.rank() == 0 else None
     path: Path | None = comm.broadcast_object(found)
     return path
 
 
-def _find(root: Path, identity: str, config_hash: str) -> Path | None:
-    for record, path in reversed(pretrained_runs(root)):
+@dataclass(frozen=True)
+class Asked:
+    """What a launch wants to run."""
+
+    identity: str
+    config_hash: str
+    name: str | None
+    start: str
+    """Identifies the weights it starts from."""
+
+    def fits(self, record: Mapping[str, Any]) -> bool:
+        """Whether the run of a record is what would be begun now."""
         tags = record.get("tags") or {}
-        if tags.get(TAG) == identity and tags.get("sslbench.config_hash") == config_hash:
-            return path if record.get("status") != "FINISHED" or _is_restart(os.environ) else None
+        wanted = {TAG: self.identity, "sslbench.config_hash": self.config_hash, "sslbench.start": self.start}
+        return self._names(str(record.get("name"))) and all(tags.get(tag, "") == wanted[tag] for tag in wanted)
+
+    def _names(self, name: str) -> bool:
+        """A run whose name was taken has a number after it."""
+        return self.name is None or re.fullmatch(re.escape(file_name(self.name)) + r"(-\d+)?", name) is not None
+
+
+def _find(root: Path, asked: Asked, environ: Mapping[str, str]) -> Path | None:
+    for record, path in reversed(pretrained_runs(root)):
+        if asked.fits(record) and (record.get("status") != "FINISHED" or _is_restart(asked.identity, environ)):
+            return Path(path)
     return None
 
 
@@ -56,10 +86,14 @@ def name_of_run(root: Path, identity: str) -> str | None:
     return names[-1] if names else None
 
 
-def _is_restart(environ: Mapping[str, str]) -> bool:
-    """Whether a finished run is continued, for evaluations that are left; a name used again is a new launch."""
-    counts: list[Any] = [environ.get(name, "0") for name in ("TORCHELASTIC_RESTART_COUNT", "SLURM_RESTART_COUNT")]
-    return LAUNCH in environ or any(count not in ("", "0") for count in counts)
+def _is_restart(identity: str, environ: Mapping[str, str]) -> bool:
+    """Whether a finished run is continued, for evaluations that are left; a name used again is a new launch.
+
+    An address where machines meet is used again; an id that a launcher of ours has made up never is.
+    """
+    counts = [environ.get(name, "0") for name in (RESTARTS, "TORCHELASTIC_RESTART_COUNT", "SLURM_RESTART_COUNT")]
+    made_up = LAUNCH in environ and ":" not in identity
+    return made_up or any(count not in ("", "0") for count in counts)
 
 
 def _parent() -> str:
