@@ -39,7 +39,11 @@ test: $(VENV)/.installed-dev lint
 	$(BIN)/python -m pytest -q -m 'not slow and not gpu' -n 2
 
 slow: $(VENV)/.installed-dev
-	$(BIN)/python -m pytest -q -m slow
+	$(BIN)/python -m pytest -q -m 'slow and not cluster' -n 2
+
+# Launches, jobs and worlds of several processes: about an hour on two cores.
+cluster: $(VENV)/.installed-dev
+	$(BIN)/python -m pytest -q -m cluster -n 2
 
 # Inflicts every fault as often as the report says, for the better part of an hour; ONLY=killing for a part of them.
 ONLY ?= *

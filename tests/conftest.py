@@ -13,7 +13,29 @@ import pytest
 # Two test processes on two cores: more threads would only wait for each other.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
+#: Their slow tests start launches, jobs or several processes: all together longer than a change should wait.
+CLUSTER = {
+    "test_cluster_data",
+    "test_conformance_ranks",
+    "test_equality_runs",
+    "test_evaluation_kill",
+    "test_evaluation_memory",
+    "test_evaluation_streaming",
+    "test_evaluation_world",
+    "test_launch_devices",
+    "test_submit",
+    "test_sync_norm",
+    "test_training_ranks",
+}
+
 Cli = Callable[..., subprocess.CompletedProcess[str]]
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Mark what ``make cluster`` runs."""
+    for item in items:
+        if item.path.stem in CLUSTER and item.get_closest_marker("slow"):
+            item.add_marker("cluster")
 
 
 @pytest.fixture(scope="session", autouse=True)
