@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 DEMO := demo-run
 SSLBENCH := $(CURDIR)/$(BIN)/sslbench
 
-.PHONY: equality demo test slow chaos lint docs bench bench-quick clean install test-install
+.PHONY: equality demo test slow cluster chaos lint docs bench bench-quick clean install test-install
 
 install: $(VENV)/.installed
 test-install: $(VENV)/.installed-dev
