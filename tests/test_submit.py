@@ -14,8 +14,11 @@ import pytest
 import torch
 from faults_kit import Command, command, run_dir, status
 
+from sslbench.commands.joblines import _new_run
+from sslbench.commands.options import Session
 from sslbench.launch.slurm_job import FailedRun, Task, launch_environment
 from sslbench.launch.submission import Resources, parameters
+from sslbench.plugin.catalog import Catalog
 
 __all__ = ["command"]
 
@@ -135,6 +138,14 @@ def test_a_taken_name_is_refused_and_last_is_fixed_now(command: Command) -> None
         assert ("k=5" in words(job)) == ("k=5" in line)
     Path("runs/.jobs/again").mkdir(parents=True)
     assert "submitted before" in command(f"submit --cluster local pretrain {TINY} run.name=again", 2).err
+
+
+def test_a_job_that_starts_again_keeps_what_is_not_in_the_configuration_of_its_run(workdir: Path) -> None:
+    given = ["pretrain", "--init-from", "first", "--peer-timeout=30", "--limit", "5", "--json"]
+    line = _new_run(Session(Catalog(), None, workdir), given, "next", "next", gpu=False)
+    assert line.resume is not None
+    resumed = ["pretrain", "--resume", "next", "--init-from", "first", "--peer-timeout", "30", "--json"]
+    assert list(line.resume)[-len(resumed) :] == resumed
 
 
 def test_ranks_find_each_other_by_torchruns_variables() -> None:

@@ -107,8 +107,15 @@ def _new_run(session: Session, words: Sequence[str], name: str, group: str, gpu:
             hint=f"run.name=ANOTHER, or continue that one: sslbench submit -- pretrain --resume {name}",
         )
     start = (*_globals(session), *words, f"run.name={name}")
-    resume = (*_globals(session), "pretrain", "--resume", name, *(["--json"] if "--json" in words else []))
+    resume = (*_globals(session), "pretrain", "--resume", name, *_kept(words))
     return JobLine(name, group, start, resume, link, gpu)
+
+
+def _kept(words: Sequence[str]) -> list[str]:
+    """What a run's configuration does not hold. Until the first checkpoint it needs the weights it starts from."""
+    given = {option: _value(words, option) for option in ("--init-from", "--peer-timeout")}
+    kept = [word for option, value in given.items() if value is not None for word in (option, value)]
+    return [*kept, *(["--json"] if "--json" in words else [])]
 
 
 def _default_name(config: dict[str, Any], *more: str) -> str:
