@@ -16,7 +16,7 @@ from sslbench.launch.addresses import free_port, is_own_address, own_address
 from sslbench.launch.agent import known_options
 from sslbench.launch.environment import LAUNCH, LAUNCHER, RESTARTS, first_host, settle_environment, tasks_of_step
 from sslbench.launch.identity import TAG, Asked, _find, launch_id
-from sslbench.launch.report import Report, read_report, report_file, write_report
+from sslbench.launch.report import Report, read_report, report_file, write_final_report, write_report
 from sslbench.launch.request import LaunchRequest, at, meeting
 from sslbench.launch.verdict import End, Verdict, judge
 
@@ -264,6 +264,7 @@ def test_addresses_of_this_machine() -> None:
 
 LOST = Report("Launch error", "rank 0: rank 1 is gone", None, lost=True)
 TOLD = Report("Data error", "no images", "look for them", lost=False)
+DONE = Report("Error", "an evaluation failed", None, lost=False, final=True)
 KILLED = -signal.SIGKILL
 
 
@@ -274,6 +275,10 @@ KILLED = -signal.SIGKILL
         ({0: End(6, LOST), 1: End(KILLED)}, None, Verdict(6, 1, final=False)),
         ({0: End(6, LOST), 1: End(KILLED, None, cleared=True)}, None, Verdict(6, 0, final=False)),
         ({0: End(1), 1: End(6, LOST)}, None, Verdict(6, 0, final=False)),
+        ({0: End(1), 1: End(1)}, None, Verdict(6, 0, final=False)),
+        ({0: End(1, DONE), 1: End(1, DONE)}, None, Verdict(1, 0, final=True)),
+        ({0: End(1, DONE), 1: End(0)}, None, Verdict(1, 0, final=True)),
+        ({0: End(0, DONE), 1: End(KILLED)}, None, Verdict(6, 1, final=False)),
         ({0: End(6, LOST), 1: End(4, TOLD)}, None, Verdict(4, 1, final=True)),
         ({0: End(7), 1: End(7)}, None, Verdict(7, 0, final=True)),
         ({0: End(6), 1: End(6, LOST)}, None, Verdict(6, 0, final=True)),
@@ -293,6 +298,8 @@ def test_a_worker_tells_its_launcher_why_it_ended(tmp_path: Path) -> None:
     environ = {"SSLBENCH_LAUNCH_FOLDER": str(tmp_path), "RANK": "1"}
     write_report(LaunchError("over", hint="again"), lost=True, environ=environ)
     assert read_report(tmp_path, 1) == Report("Launch error", "over", "again", lost=True)
+    write_final_report("an evaluation failed", environ)
+    assert read_report(tmp_path, 1) == Report("Error", "an evaluation failed", None, lost=False, final=True)
     report_file(tmp_path, 1).write_text("{")
     assert read_report(tmp_path, 1) is None
     write_report(LaunchError("over"), lost=False, environ={})

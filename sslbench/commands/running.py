@@ -95,6 +95,7 @@ def pretrain(
     from sslbench.engine.worker import pretrain as run_pretraining
     from sslbench.launch.identity import run_of_launch
     from sslbench.launch.joining import joined_world
+    from sslbench.launch.report import write_final_report
     from sslbench.report.show import print_outcome
 
     initial = run_directory(session, init_from) if init_from else None
@@ -110,6 +111,7 @@ def pretrain(
                 print_outcome(outcome, as_json)
             exit_code = exit_code or outcome.exit_code
     if exit_code:
+        write_final_report("an evaluation failed; the model is trained")
         raise typer.Exit(exit_code)
 
 

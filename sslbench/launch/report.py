@@ -22,13 +22,23 @@ class Report:
     hint: str | None
     lost: bool
     """Whether it only lost contact with the others: then the cause is somewhere else."""
+    final: bool = False
+    """Whether starting it again would change nothing, whatever the exit code is."""
 
 
 def write_report(error: SslbenchError, *, lost: bool, environ: Mapping[str, str] = os.environ) -> None:
     """Tell the launcher; without one of ours nothing happens."""
+    _write(Report(error.title, error.message, error.hint, lost), environ)
+
+
+def write_final_report(message: str, environ: Mapping[str, str] = os.environ) -> None:
+    """Tell the launcher that the work is done as far as it can be."""
+    _write(Report(SslbenchError.title, message, None, lost=False, final=True), environ)
+
+
+def _write(report: Report, environ: Mapping[str, str]) -> None:
     if FOLDER not in environ:
         return
-    report = Report(error.title, error.message, error.hint, lost)
     with suppress(OSError):  # a full disk: the exit code says the most important
         report_file(Path(environ[FOLDER]), int(environ["RANK"])).write_text(json.dumps(asdict(report)))
 

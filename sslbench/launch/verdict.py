@@ -30,6 +30,8 @@ class End:
     @property
     def decided(self) -> bool:
         """Whether it ended on purpose, so that starting it again would change nothing."""
+        if self.report is not None and self.report.final:
+            return self.code > 0
         return self.code > 0 and self.code != ExitCode.UNEXPECTED and not self.lost
 
     def words(self) -> str:
