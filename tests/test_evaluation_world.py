@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import errno
+import os
 import shutil
+from collections.abc import Iterable
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -17,13 +20,15 @@ from torch import Tensor
 
 from sslbench.config.schema import DataOptions
 from sslbench.evaluation.features import Extractor, Preprocessing
-from sslbench.evaluation.shards import Layout
-from sslbench.evaluation.tables import StoredTable, Tables
+from sslbench.evaluation.shards import Layout, ShardedTable
+from sslbench.evaluation.tables import Asked, StoredTable, Tables
 
 pytestmark = pytest.mark.slow  # starts processes
 
 CPU = torch.device("cpu")
 FEW = 10
+OWN = 1
+"""Shards of 500 images that a rank of three computes."""
 
 
 def extractor(count: int) -> Extractor:
@@ -38,8 +43,8 @@ def extractor(count: int) -> Extractor:
     )
 
 
-def table(folder: Path | None, count: int) -> Tensor:
-    stored: StoredTable = Tables(folder, CPU, "auto").get({"images": count}, extractor(count))
+def table(folder: Path | None, count: int, asked: Asked = "auto") -> Tensor:
+    stored: StoredTable = Tables(folder, CPU, asked).get({"images": count}, extractor(count))
     assert bool(stored.readable.all())
     return stored.features.clone()
 
@@ -69,6 +74,7 @@ def few_images(rank: int, world: int, folder: Path) -> None:
     """More ranks than shards, at first without a cache; then a table of which one shard is missing."""
     join(rank, world, folder)
     found = [table(None, FEW), table(folder / "few", FEW), table(folder / "many", 500)]
+    dist.barrier()  # all have opened it
     if rank == 0:
         next(path for path in sorted((folder / "many").glob("*/rows-*"))[1:]).unlink()
     dist.barrier()
@@ -88,6 +94,40 @@ def own_folders(rank: int, world: int, folder: Path) -> None:
     found.append(table(node, 500))
     torch.save(found, folder / f"rank{rank}.pt")
     dist.destroy_process_group()
+
+
+def no_room(rank: int, world: int, folder: Path) -> None:
+    """Rank 0 has room for all; the disk of ranks 1 and 2 takes their own shards and then nothing more."""
+    join(rank, world, folder)
+    write, own = ShardedTable.write, []
+
+    def full(shards: ShardedTable, number: int, rows: Tensor, missing: Iterable[int]) -> None:
+        if rank and len(own) == OWN:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        own.append(number)
+        write(shards, number, rows, missing)
+
+    ShardedTable.write = full  # type: ignore[method-assign]
+    node = folder / ("a" if rank == 0 else "b")
+    torch.save([table(node, 500, "mmap")], folder / f"rank{rank}.pt")
+    dist.destroy_process_group()
+
+
+def read_only(rank: int, world: int, folder: Path) -> None:
+    """A complete cache in which nothing can be made."""
+    join(rank, world, folder)
+    found = [table(folder / "cache", 500)]
+    dist.barrier()
+    Path.touch = refuse  # type: ignore[assignment]
+    Path.unlink = refuse  # type: ignore[assignment]
+    ShardedTable.write = refuse  # type: ignore[assignment]
+    found.append(table(folder / "cache", 500))
+    torch.save(found, folder / f"rank{rank}.pt")
+    dist.destroy_process_group()
+
+
+def refuse(*_: Any, **__: Any) -> None:
+    raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
 
 
 def close(found: Any, expected: Any, name: str) -> None:
@@ -141,3 +181,12 @@ def test_shards_travel_to_nodes_that_do_not_have_them(tmp_path: Path) -> None:
     names = [sorted(path.name for path in (tmp_path / node).glob("*/*")) for node in "ab"]
     assert names[0] == names[1]
     assert len(names[0]) > 2
+
+
+@pytest.mark.parametrize("trouble", [no_room, read_only])
+def test_nodes_that_cannot_write_get_the_whole_table(tmp_path: Path, trouble: Any) -> None:
+    mp.spawn(trouble, args=(3, tmp_path), nprocs=3)
+    expected = table(None, 500)
+    for rank in range(3):
+        for ours in torch.load(tmp_path / f"rank{rank}.pt", weights_only=True):
+            torch.testing.assert_close(ours, expected, rtol=1e-5, atol=1e-6)

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from enum import StrEnum
 from pathlib import Path
@@ -147,16 +148,18 @@ def _in_memory(extractor: Extractor, device: torch.device | None) -> StoredTable
 
 
 def _leaders(folder: Path) -> list[int]:
-    """By rank, the lowest rank that sees the same folder."""
+    """By rank, the lowest rank that sees the same folder; where none can write to it, each leads itself."""
     if comm.world() == 1:
         return [0]
     meeting = f".{comm.broadcast_object(uuid4().hex)}"
     own = folder / f"{meeting}.{comm.rank()}"
-    own.touch()
+    with suppress(OSError):  # a folder that can only be read, or is full
+        own.touch()
     comm.barrier()
-    leader = min(int(seen.name.rpartition(".")[2]) for seen in folder.glob(f"{meeting}.*"))
-    leaders: list[int] = comm.gather(torch.tensor([leader])).tolist()
-    own.unlink(missing_ok=True)
+    seen = [int(path.name.rpartition(".")[2]) for path in folder.glob(f"{meeting}.*")]
+    leaders: list[int] = comm.gather(torch.tensor([min(seen, default=comm.rank())])).tolist()
+    with suppress(OSError):
+        own.unlink(missing_ok=True)
     return leaders
 
 
@@ -176,7 +179,8 @@ class _Build:
         self.missing: dict[int, list[int]] = {}
         """By shard that this rank looked at or made, the positions of its unreadable images."""
         self.unwritten: dict[int, Tensor] = {}
-        """Shards for which there was no room on the disk."""
+        """Shards that this rank computed and for which there was no room on the disk."""
+        self.full = False
 
     def run(self, device: torch.device | None) -> StoredTable:
         """The table on a device; None: mapped."""
@@ -184,12 +188,12 @@ class _Build:
         have = self._computed(have)
         readable = self._readable()
         check_complete(int((~readable).sum()), self.extractor.max_unreadable)
-        unwritten = self._owners()
-        self._spread(have, unwritten)
+        holders = _merged((number, comm.rank()) for number in self.unwritten)
+        holders |= self._spread(have, holders)
         comm.barrier()
-        if device is None and not unwritten:
+        if device is None and not holders:
             return StoredTable(self.shards.mapped(), readable)
-        return StoredTable(self._copied(device or torch.device("cpu"), unwritten), readable)
+        return StoredTable(self._copied(device or torch.device("cpu"), holders), readable)
 
     def _found(self) -> Tensor:
         """int64 ``[W,S]``: which leader has which whole shard. Those that see a folder share the reading."""
@@ -234,22 +238,24 @@ class _Build:
             self.missing[number] = missing
             if self._wrote(number, rows, missing):
                 written[number] = missing
+            else:
+                self.unwritten[number] = rows.clone()
         return written
 
     def _wrote(self, number: int, rows: Tensor, missing: list[int]) -> bool:
-        """Store a shard. A full disk is logged and the shard kept, if there is memory for all."""
-        if not self.unwritten:
-            try:
-                self.shards.write(number, rows, missing)
-                return True
-            except OSError as error:
-                room, size = Room.of(torch.device("cpu")), 4 * self.shards.layout.rows * self.shards.layout.dim
-                if size * room.processes > room.host / 2:
-                    raise
-                reason = write_failure(error) or error
-                logger.warning("features are not cached in %s: %s", self.shards.folder.parent, reason)
-        self.unwritten[number] = rows.clone()
-        return False
+        """Store a shard unless the disk is full, which is logged if there is memory for the whole table."""
+        if self.full:
+            return False
+        try:
+            self.shards.write(number, rows, missing)
+        except OSError as error:
+            room, size = Room.of(torch.device("cpu")), 4 * self.shards.layout.rows * self.shards.layout.dim
+            if size * room.processes > room.host / 2:
+                raise
+            reason = write_failure(error) or error
+            logger.warning("features are not cached in %s: %s", self.shards.folder.parent, reason)
+            self.full = True
+        return not self.full
 
     def _readable(self) -> Tensor:
         """bool ``[N]``, from what all ranks noted."""
@@ -258,14 +264,10 @@ class _Build:
         readable[comm.gather(torch.tensor(positions, dtype=torch.int64))] = False
         return readable
 
-    def _owners(self) -> dict[int, int]:
-        """By shard that is in no file, the rank that has it in memory."""
-        own = torch.tensor([[number, comm.rank()] for number in self.unwritten], dtype=torch.int64).view(-1, 2)
-        return dict(comm.gather(own).tolist())
-
-    def _spread(self, have: Tensor, unwritten: Mapping[int, int]) -> None:
-        """Bring every shard to every folder, one at a time."""
-        everywhere = sorted(set(self.leaders))
+    def _spread(self, have: Tensor, unwritten: Mapping[int, int]) -> dict[int, int]:
+        """Bring every shard to every folder, one at a time. By shard for which one of them has no room, a rank
+        that reads it."""
+        everywhere, refused = sorted(set(self.leaders)), {}
         for number in range(self.count):
             lacking = [leader for leader in everywhere if not have[leader, number]]
             if number in unwritten or not lacking:
@@ -273,23 +275,28 @@ class _Build:
             source = int(have[:, number].nonzero()[0])
             rows = self._sent(number, source)
             missing = comm.broadcast_object(self.shards.footer(number) if comm.rank() == source else None, source)
-            if comm.rank() in lacking:
-                self.shards.write(number, rows, missing)
+            if comm.rank() in lacking and not self._wrote(number, rows, missing):
+                refused[number] = source
+        return _merged(refused.items())
 
     def _sent(self, number: int, source: int) -> Tensor:
         if comm.rank() == source:
             return comm.broadcast(self.shards.read(number).clone(), source)
         return comm.broadcast(torch.empty(len(self.shards.layout.ranges[number]), self.shards.layout.dim), source)
 
-    def _copied(self, device: torch.device, unwritten: Mapping[int, int]) -> Tensor:
+    def _copied(self, device: torch.device, holders: Mapping[int, int]) -> Tensor:
+        """The whole table; shards that are not in every folder come from the ranks that hold them."""
         layout = self.shards.layout
         table = torch.empty(layout.rows, layout.dim, device=device)
         for number, rows in enumerate(layout.ranges):
             part = table[rows.start : rows.stop]
-            if number not in unwritten:
-                part.copy_(self.shards.read(number))
-            else:
-                if number in self.unwritten:
-                    part.copy_(self.unwritten[number])
-                comm.broadcast(part, unwritten[number])
+            if holders.get(number, comm.rank()) == comm.rank():
+                part.copy_(self.unwritten[number] if number in self.unwritten else self.shards.read(number))
+            if number in holders:
+                comm.broadcast(part, holders[number])
         return table
+
+
+def _merged(pairs: Iterable[tuple[int, int]]) -> dict[int, int]:
+    """Shards and ranks from what each rank names."""
+    return dict(comm.gather(torch.tensor(list(pairs), dtype=torch.int64).view(-1, 2)).tolist())
