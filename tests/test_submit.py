@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import json
 import os
+import pickle
 import shlex
 import signal
 import sys
+import threading
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -16,8 +19,9 @@ from faults_kit import Command, command, run_dir, status
 
 from sslbench.commands.joblines import _new_run
 from sslbench.commands.options import Session
+from sslbench.commands.submitting import _pairs
 from sslbench.launch.slurm_job import FailedRun, Task, launch_environment
-from sslbench.launch.submission import Resources, parameters
+from sslbench.launch.submission import Ending, JobLine, Resources, Submitted, parameters, wait
 from sslbench.plugin.catalog import Catalog
 
 __all__ = ["command"]
@@ -82,15 +86,39 @@ def test_slurm_takes_the_parameters() -> None:
     from submitit.slurm.slurm import _get_default_parameters, _make_sbatch_string
 
     resources = Resources(
-        1, 2, True, 8, 4.0, 12.0, 120, 10, "gpu", "me", 2, {"qos": "high"}, ("module load cuda",)
+        1,
+        2,
+        True,
+        8,
+        4.0,
+        12.0,
+        120,
+        10,
+        "gpu",
+        "me",
+        2,
+        _pairs(["qos=high", "--exclusive"]),
+        ("module load cuda",),
     )
     told = parameters("slurm", "exp", resources)
     assert set(told) <= set(_get_default_parameters())
     script = _make_sbatch_string(command="python", folder="logs", map_count=3, **told)
     for line in ("--qos=high", "--array=0-2%2", "--gpus-per-node=2", "--signal=USR2@120", "--time=720"):
         assert f"#SBATCH {line}" in script
+    assert "#SBATCH --exclusive\n" in script
     assert "\nmodule load cuda\n" in script
     assert "srun --unbuffered" in script
+
+
+def test_results_that_a_file_system_shows_late_count(tmp_path: Path) -> None:
+    file, log = tmp_path / "result.pkl", tmp_path / "log"
+    paths = SimpleNamespace(result_pickle=file, stdout=log)
+    job = SimpleNamespace(num_tasks=1, task=lambda number: SimpleNamespace(paths=paths), done=lambda: True)
+    late = threading.Timer(0.5, lambda: file.write_bytes(pickle.dumps(("success", None))))
+    late.start()
+    ((_, ending),) = wait("local", [Submitted(job, JobLine("one", "one", ()))])
+    late.join()
+    assert ending == Ending(0, "")
 
 
 # What is refused before it costs queue time
@@ -107,6 +135,12 @@ def test_slurm_takes_the_parameters() -> None:
         ("eval linear nothing", 5, "no run in"),
         (f"--nodes 2 pretrain {TINY}", 2, "one node"),
         (f"--sbatch =x pretrain {TINY}", 2, "not KEY=VALUE"),
+        (f"--sbatch exclusive --mem 2 pretrain {TINY}", 2, "--mem, --sbatch: for Slurm"),
+        (
+            f"--partition gpu --account me --array-limit 1 pretrain {TINY}",
+            2,
+            "--partition, --account, --array-limit",
+        ),
         (f"--cluster pbs pretrain {TINY}", 2, "no such cluster"),
     ],
 )
@@ -121,6 +155,8 @@ def test_without_slurm_or_submitit_the_error_says_what_to_do(
 ) -> None:
     monkeypatch.setenv("PATH", "/nowhere")
     assert "--cluster local" in command(f"submit --cluster slurm pretrain {TINY}", 6).err
+    shown = command(f"submit --dry-run pretrain {TINY}")
+    assert "for this machine (--cluster local)" in shown.err
     monkeypatch.setitem(sys.modules, "submitit", None)
     assert "pip install 'sslbench[slurm]'" in command(f"submit pretrain {TINY}", 6).err
 

@@ -24,7 +24,7 @@ def submit(
     command: Annotated[
         list[str],
         typer.Argument(
-            metavar="-- COMMAND...", help="A command line of sslbench: pretrain or eval, with its options."
+            metavar="COMMAND", help="A command line of sslbench after --: pretrain or eval, with its options."
         ),
     ],
     cluster: Annotated[
@@ -67,6 +67,7 @@ def submit(
 ) -> None:
     """Send a pretraining or an evaluation to Slurm. A job that reaches its time limit goes on by itself."""
     from sslbench.commands.joblines import job_lines
+    from sslbench.engine.console import Console
     from sslbench.launch.submission import Resources, choose_cluster, parameters, require_submitit
     from sslbench.launch.submission import submit as send
     from sslbench.report.listing import print_json
@@ -76,6 +77,8 @@ def submit(
     lines = job_lines(context, [word for word in command if word != "--dry-run"])
     dry_run = dry_run or "--dry-run" in command
     chosen = choose_cluster(cluster, needed=not dry_run)
+    if (cluster, chosen) == ("auto", "local"):
+        Console().info("sbatch and srun are not here: the jobs are for this machine (--cluster local)")
     resources = Resources(
         nodes=nodes,
         devices=devices,
@@ -105,14 +108,14 @@ def submit(
         _wait(chosen, submitted, as_json)
 
 
-def _pairs(words: Sequence[str]) -> dict[str, str]:
+def _pairs(words: Sequence[str]) -> dict[str, str | bool]:
     """``KEY=VALUE`` or ``--KEY=VALUE``; a word without a value is a switch."""
-    pairs = {}
+    pairs: dict[str, str | bool] = {}
     for word in words:
-        key, _, value = word.lstrip("-").partition("=")
+        key, has_value, value = word.lstrip("-").partition("=")
         if not key:
             raise ConfigError(f"--sbatch {word}: not KEY=VALUE", hint="--sbatch qos=high --sbatch constraint=a100")
-        pairs[key] = value
+        pairs[key] = value if has_value else True
     return pairs
 
 

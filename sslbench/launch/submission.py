@@ -67,8 +67,8 @@ class Resources:
     partition: str | None = None
     account: str | None = None
     array_limit: int | None = None
-    sbatch: dict[str, str] = field(default_factory=dict)
-    """More parameters of ``sbatch``, without the dashes."""
+    sbatch: dict[str, str | bool] = field(default_factory=dict)
+    """More parameters of ``sbatch``, without the dashes; True: a switch."""
     setup: tuple[str, ...] = ()
     """Lines of shell before the job."""
 
@@ -165,6 +165,7 @@ def _slurm(name: str, resources: Resources) -> dict[str, Any]:
 def _local(name: str, resources: Resources) -> dict[str, Any]:
     if resources.nodes > 1:
         raise ConfigError(f"--nodes {resources.nodes}: this machine is one node", hint="--nodes 1 --devices N")
+    _refuse_options_of_slurm(resources)
     minutes = resources.hours * _MINUTES_PER_HOUR
     return {
         "name": name,
@@ -175,6 +176,21 @@ def _local(name: str, resources: Resources) -> dict[str, Any]:
         "stderr_to_stdout": True,
         "setup": resources.setup,
     }
+
+
+def _refuse_options_of_slurm(resources: Resources) -> None:
+    given = {
+        "--mem": resources.mem is not None,
+        "--partition": resources.partition is not None,
+        "--account": resources.account is not None,
+        "--array-limit": resources.array_limit is not None,
+        "--sbatch": bool(resources.sbatch),
+    }
+    if named := [option for option, is_given in given.items() if is_given]:
+        raise ConfigError(
+            f"{', '.join(named)}: for Slurm, and these jobs run on this machine (cluster local)",
+            hint="drop them, or submit from a login node: --cluster slurm",
+        )
 
 
 def submit(
@@ -258,10 +274,17 @@ def wait(cluster: Cluster, submitted: Sequence[Submitted]) -> Iterator[tuple[Sub
         gone = [one for one in left if _has_results(one) or (cluster == "local" and one.job.done())]
         if cluster == "slurm" and not gone and time.monotonic() - looked > _QUEUE_S:
             gone, looked = _not_queued(left), time.monotonic()
+        _await_results(gone)
         for one in gone:
             left.remove(one)
             yield one, _ending(one)
         time.sleep(_POLL_S if left else 0)
+
+
+def _await_results(gone: Sequence[Submitted]) -> None:
+    until = time.monotonic() + _LATE_FILES_S
+    while not all(map(_has_results, gone)) and time.monotonic() < until:
+        time.sleep(_POLL_S / 10)
 
 
 def _results(one: Submitted) -> list[Path]:
