@@ -79,6 +79,11 @@ def test_what_a_method_refuses_is_told() -> None:
     assert "method.bn_groups=3" in str(found.problem)
 
 
+def test_a_number_of_ranks_that_normalise_together_must_divide_the_world() -> None:
+    assert "train.sync_bn=3 must divide the number of processes (4)" in str(of(FAST, 4, "train.sync_bn=3").problem)
+    assert of(FAST, 4, "train.sync_bn=2").problem is None
+
+
 def test_hours_are_those_of_all_steps() -> None:
     found = of(KINDS["v100"], 1)
     planned = subject()

@@ -17,6 +17,21 @@ from sslbench import comm
 from sslbench.errors import ConfigError
 
 
+def ranks_that_share(sync_bn: bool | int) -> int:
+    """How many consecutive ranks normalise together; fewer than 2: each alone.
+
+    Raises:
+        ConfigError: the number does not divide the number of ranks.
+    """
+    ranks = comm.world() if sync_bn is True else int(sync_bn)
+    if ranks > 1 and comm.world() % ranks:
+        raise ConfigError(
+            f"train.sync_bn={ranks} must divide the number of processes ({comm.world()})",
+            hint="train.sync_bn=true normalises over all processes, false over each alone",
+        )
+    return ranks
+
+
 def share_statistics(network: nn.Module, sync_bn: bool | int, device: torch.device) -> nn.Module:
     """Let every batch normalisation of ``network`` see the rows of several ranks, as ``train.sync_bn`` says.
 
@@ -30,14 +45,9 @@ def share_statistics(network: nn.Module, sync_bn: bool | int, device: torch.devi
     Raises:
         ConfigError: the number does not divide the number of ranks.
     """
-    ranks = comm.world() if sync_bn is True else int(sync_bn)
+    ranks = ranks_that_share(sync_bn)
     if ranks < 2:
         return network
-    if comm.world() % ranks:
-        raise ConfigError(
-            f"train.sync_bn={ranks} must divide the number of processes ({comm.world()})",
-            hint="train.sync_bn=true normalises over all processes, false over each alone",
-        )
     group = comm.neighbours(ranks)
     if device.type == "cuda":
         return cast(nn.Module, nn.SyncBatchNorm.convert_sync_batchnorm(network, group))  # type: ignore[no-untyped-call]

@@ -18,6 +18,7 @@ from sslbench.engine.accumulate import check_part_sizes, parts_of
 from sslbench.engine.optim import build_optimizer
 from sslbench.engine.recompute import checkpoint_activations
 from sslbench.errors import ConfigError, PluginError, SslbenchError
+from sslbench.nn.sync_norm import ranks_that_share
 from sslbench.planning.counting import Ledger, Operation
 from sslbench.planning.exchange import GRADIENTS, SHARDS, Exchanges, recorder, watch_normalisation
 from sslbench.planning.subject import Subject
@@ -181,7 +182,7 @@ class _Rehearsal:
         frozen = own(p for p in self.method.parameters() if not p.requires_grad)
         buffers = own(self.method.buffers())
         batch = own(view.images for view in self.batch.views)
-        watch_normalisation(self.method, self._sharing(world), self.exchanges)
+        watch_normalisation(self.method, ranks_that_share(self.core.train.sync_bn), self.exchanges)
         self._forward_and_backward()
         peak = self.ledger.peak
         optimizer = self._update()
@@ -222,11 +223,6 @@ class _Rehearsal:
             optimizer=alone.optimizer - int(spared * states),
             activations=alone.activations + 2 * largest,
         )
-
-    def _sharing(self, world: int) -> int:
-        """How many ranks share the statistics of a normalisation."""
-        wanted = self.core.train.sync_bn
-        return world if wanted is True else int(wanted)
 
     def _forward_and_backward(self) -> None:
         with ExitStack() as stack:
