@@ -98,7 +98,7 @@ def compare(
 
 def sync(
     context: typer.Context,
-    run: Annotated[str, typer.Argument(metavar="[RUN]")] = "last",
+    run: Annotated[str, typer.Argument(metavar="RUN")] = "last",
     tracking_uri: Annotated[
         str | None,
         typer.Option(help="Record it there from now on, such as when the server has moved."),

@@ -57,7 +57,7 @@ RecipeName = Annotated[
 ]
 ConfigFile = Annotated[Path | None, typer.Option("--config", help="YAML file with more options.")]
 Overrides = Annotated[
-    list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="Options such as train.epochs=10.")
+    list[str] | None, typer.Argument(metavar="KEY=VALUE", help="Options such as train.epochs=10.")
 ]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 DryRun = Annotated[bool, typer.Option("--dry-run", help="Print what would be done and stop.")]

@@ -118,7 +118,7 @@ def pretrain(
 def evaluate(
     context: typer.Context,
     protocol: EvalName,
-    run: Annotated[str, typer.Argument(metavar="[RUN]", help="Run name, id or directory.")] = "last",
+    run: Annotated[str, typer.Argument(metavar="RUN", help="Run name, id or directory.")] = "last",
     overrides: Overrides = None,
     dataset: DatasetName = None,
     devices: Devices = None,
