@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Literal
 
 import torch
@@ -136,17 +137,23 @@ class LowShot(EvalProtocol):
         chosen: dict[str, float] = {}
         for amount in amounts(self.cfg):
             check_enough(train.labels, len(job.classes), amount)
-            fits = list(self._fits(job, train, scaling, amount))
-            scores = [[_head(w, scaling).top1(val) for w in draws] for draws in fits]
-            shape = (len(self.cfg.strengths), len(job.classes), train.features.dim + 1)
-            weights = comm.gather(torch.stack(fits) if fits else torch.empty(0, *shape, device=job.device))
-            top1 = comm.gather(torch.tensor(scores).view(-1, len(self.cfg.strengths)))
+            weights, top1 = map(comm.gather, comm.patiently(partial(self._own, job, train, val, scaling, amount)))
             best = int(top1.mean(0).argmax())
             heads[amount.name], by_amount[amount.name] = weights[:, best].clone().cpu(), top1[:, best].tolist()
             chosen[amount.name] = self.cfg.strengths[best]
         job.save("heads.pt", {"heads": heads, "classes": list(job.classes), **_scaling_state(scaling)})
         job.write_report("lowshot.json", {"strengths": chosen, "val_top1": by_amount})
         return summary(by_amount)
+
+    def _own(
+        self, job: Job, train: LabelledRows, val: LabelledRows, scaling: FeatureScaling, amount: Amount
+    ) -> tuple[Tensor, Tensor]:
+        """For this rank's draws the classifiers of all strengths, ``[n,G,C,D+1]``, and accuracies ``[n,G]``."""
+        fits = list(self._fits(job, train, scaling, amount))
+        scores = [[_head(w, scaling).top1(val) for w in draws] for draws in fits]
+        shape = (len(self.cfg.strengths), len(job.classes), train.features.dim + 1)
+        weights = torch.stack(fits) if fits else torch.empty(0, *shape, device=job.device)
+        return weights, torch.tensor(scores).view(-1, len(self.cfg.strengths))
 
     def _fits(self, job: Job, table: LabelledRows, scaling: FeatureScaling, amount: Amount) -> Iterator[Tensor]:
         """For each of this rank's draws the classifiers of all strengths, ``[G,C,D+1]``."""

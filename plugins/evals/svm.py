@@ -89,10 +89,14 @@ class Svm(EvalProtocol):
         # All ranks agree that there are enough images; from here on each has its own classes.
         own = rank_share(len(signs), comm.rank(), comm.world())
         inputs, signs = unit_inputs(rows.whole) if rows.held else rows, signs[own.start : own.stop]
-        chosen = torch.tensor(self._choose(job, inputs, signs), dtype=torch.float64, device=job.device)
-        weight = comm.gather(self._train(inputs, signs, shares_of(signs), chosen.float()))
-        costs, scaling = comm.gather(chosen), FeatureScaling.fit("l2", rows)
+        weight, costs = map(comm.gather, comm.patiently(lambda: self._solve(job, inputs, signs)))
+        scaling = FeatureScaling.fit("l2", rows)
         return LinearHead(weight[:, :-1].contiguous(), weight[:, -1].contiguous(), scaling), costs.tolist()
+
+    def _solve(self, job: Job, inputs: Tensor | FeatureRows, signs: Tensor) -> tuple[Tensor, Tensor]:
+        """Machines ``[C,D+1]`` and costs ``[C]`` of classes with signs ``[C,N]``."""
+        chosen = torch.tensor(self._choose(job, inputs, signs), dtype=torch.float64, device=job.device)
+        return self._train(inputs, signs, shares_of(signs), chosen.float()), chosen
 
     def _choose(self, job: Job, inputs: Tensor | FeatureRows, signs: Tensor) -> list[float]:
         """The cost of each class, ``[C]``: that of the best mean average precision over the folds."""
