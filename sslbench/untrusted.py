@@ -52,6 +52,20 @@ def is_inside(path: str) -> bool:
     return bool(path) and not parts.is_absolute() and ".." not in parts.parts
 
 
+def read_whole(path: Path) -> bytes:
+    """A file that is not larger than any of ours.
+
+    Raises:
+        OSError: it cannot be read.
+        ValueError: it is larger.
+    """
+    with path.open("rb") as file:
+        size = os.fstat(file.fileno()).st_size
+        if size > JSON_BYTES:
+            raise ValueError(f"{size} bytes are more than the {JSON_BYTES} that are read")
+        return file.read(JSON_BYTES + 1)
+
+
 def read_json(path: Path) -> dict[str, Any]:
     """A file with one JSON object.
 
@@ -59,11 +73,7 @@ def read_json(path: Path) -> dict[str, Any]:
         OSError: it cannot be read.
         ValueError: it is something else, or larger or nested deeper than any of ours.
     """
-    with path.open("rb") as file:
-        size = os.fstat(file.fileno()).st_size
-        if size > JSON_BYTES:
-            raise ValueError(f"{size} bytes are more than the {JSON_BYTES} that are read")
-        content = file.read(JSON_BYTES + 1)
+    content = read_whole(path)
     try:
         found = json.loads(content)
     except RecursionError:

@@ -17,10 +17,13 @@ from typing import Any
 import pytest
 from faults_kit import METHOD, Command, command, make_images, run_dir
 
+from sslbench.engine import checkpoint
 from sslbench.engine.runs import pretrained_runs
-from sslbench.errors import ConfigError, LaunchError
+from sslbench.errors import CheckpointError, ConfigError, LaunchError
+from sslbench.evaluation.shards import Layout, ShardedTable
 from sslbench.screen import Screen
 from sslbench.tracking import RunRecord
+from sslbench.tracking.journal import Journal
 from sslbench.tracking.owner import RunLock, identity, is_gone
 from sslbench.tracking.push import experiment_dir
 from sslbench.tracking.record import SyncState
@@ -241,6 +244,37 @@ def test_json_has_a_size(tmp_path: Path) -> None:
         file.truncate(1 << 40)  # a sparse terabyte
     with pytest.raises(ValueError, match="more than"):
         read_json(tmp_path / "big.json")
+
+
+def test_json_that_is_nested_too_deeply_is_damaged(tmp_path: Path) -> None:
+    deep = "[" * 200_000
+    folder = tmp_path / "checkpoints" / "step-00000001"
+    folder.mkdir(parents=True)
+    for file in (folder / "meta.json", folder.parent / "LATEST", tmp_path / "about.json"):
+        file.write_text(deep)
+    lines: list[str] = []
+    with pytest.raises(CheckpointError, match="no intact checkpoint; 1 damaged"):
+        checkpoint.latest(tmp_path, lines.append)
+    assert "LATEST is damaged" in lines[0]
+    journal = Journal(tmp_path / "metrics.jsonl")
+    journal.path.write_text(deep + '\n{"step": 1e999, "time": 0, "metrics": {}}\n')
+    journal.append(1, {"a": 1.0})
+    assert [entry.step for entry in journal.entries()] == [1]
+    assert ShardedTable.known_layout(tmp_path) is None
+    table = ShardedTable(tmp_path, Layout(1, 1, 1))
+    table.path(0).write_text("4 b." + deep)
+    with pytest.raises(ValueError, match="too deeply"):
+        table.check(0)
+
+
+@pytest.mark.parametrize("name", ["LATEST", "step-00000001/meta.json"])
+def test_what_is_read_of_a_checkpoint_has_a_size(name: str, tmp_path: Path) -> None:
+    file = tmp_path / "checkpoints" / name
+    file.parent.mkdir(parents=True)
+    with file.open("wb") as stream:
+        stream.truncate(1 << 40)  # a sparse terabyte
+    with pytest.raises(CheckpointError, match="no intact checkpoint"):
+        checkpoint.latest(tmp_path, print)
 
 
 def test_a_shared_configuration_imports_and_installs_nothing(

@@ -34,9 +34,12 @@ from sslbench.config.validate import validate_section
 from sslbench.errors import CheckpointError, write_failure
 from sslbench.plugin.api import Backbone
 from sslbench.plugin.catalog import Catalog
+from sslbench.untrusted import read_whole
 
 STATE, BACKBONE, META, LATEST = "state.pt", "backbone.pt", "meta.json", "LATEST"
 FOLDER = "checkpoints"
+_LATEST_LETTERS = 200
+"""What is read of LATEST: it holds one name."""
 
 
 class BackboneMeta(BaseModel):
@@ -179,11 +182,11 @@ def read_meta(path: Path, *, verify: bool) -> CheckpointMeta:
         CheckpointError: missing, unreadable or damaged.
     """
     try:
-        meta = _parsed((path / META).read_text(encoding="utf-8"))
+        meta = _parsed(read_whole(path / META).decode())
     except ValidationError as error:
         found = f"{META} is damaged or foreign ({error.error_count()} entries missing or wrong)"
         raise CheckpointError(f"checkpoint {path} cannot be read: {found}") from error
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise CheckpointError(f"checkpoint {path} cannot be read ({META}): {_first_line(error)}") from error
     if verify:
         _verify(path, meta.sha256, {BACKBONE, *meta.sha256})
@@ -327,8 +330,9 @@ def _point_latest(path: Path) -> None:
 def _pointed(run_dir: Path) -> Path | None:
     """None if LATEST is missing or holds anything but the name of a checkpoint."""
     try:
-        name = json.loads((run_dir / FOLDER / LATEST).read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+        with (run_dir / FOLDER / LATEST).open(encoding="utf-8") as file:
+            name = json.loads(file.read(_LATEST_LETTERS))
+    except (OSError, ValueError, RecursionError):
         return None
     return run_dir / FOLDER / name if re.fullmatch(r"step-\d{8,}", str(name)) else None
 

@@ -147,7 +147,7 @@ def finished_result(plan: EvalPlan, dataset_key: str) -> EvalOutcome | None:
             out_dir,
             found["seconds"],
         )
-    except (OSError, ValueError, KeyError, TypeError, IndexError):
+    except (OSError, ValueError, KeyError, TypeError, IndexError, RecursionError):
         return None
     # It may be missing when the process was killed right after writing the result.
     headline(plan.run_dir, outcome.headline(), step=newest.step, log=logger.info)

@@ -65,7 +65,7 @@ class ShardedTable:
         try:
             about = json.loads((folder / ABOUT).read_text())
             return Layout(*(int(about[name]) for name in ("rows", "dim", "shard")))
-        except (OSError, ValueError, KeyError, TypeError):
+        except (OSError, ValueError, KeyError, TypeError, RecursionError):
             return None
 
     def begin(self, key: Mapping[str, Any]) -> None:
@@ -127,7 +127,7 @@ class ShardedTable:
     def _footer(self, number: int) -> tuple[int, list[int]]:
         with self.path(number).open("rb") as file:
             file.seek(self._size(number))
-            footer = json.loads(file.read())
+            footer = _parsed(file.read())
         return footer["crc32"], [int(row) for row in footer["missing"]]
 
     def mapped(self) -> Tensor:
@@ -145,6 +145,13 @@ class ShardedTable:
 
     def _size(self, number: int) -> int:
         return len(self.layout.ranges[number]) * self.layout.dim * torch.float32.itemsize
+
+
+def _parsed(text: bytes) -> Any:
+    try:
+        return json.loads(text)
+    except RecursionError:
+        raise ValueError("its end is nested too deeply") from None
 
 
 def _bytes(rows: Tensor) -> memoryview:

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from sslbench.engine.runs import RUN_FILE, find_run, pretrained_runs, read_record, when
-from sslbench.errors import CheckpointError
+from sslbench.errors import CheckpointError, ConfigError
 from sslbench.untrusted import read_json
 
 RESULT = "result.json"
@@ -121,7 +121,10 @@ def run_status(record: Mapping[str, Any], run_dir: Path) -> str:
     from sslbench.tracking import RunRecord  # listing runs is quicker without
 
     status = str(record.get("status", ""))
-    return "KILLED" if status == "RUNNING" and RunRecord.load(run_dir).is_abandoned() else status
+    try:
+        return "KILLED" if status == "RUNNING" and RunRecord.load(run_dir).is_abandoned() else status
+    except ConfigError:  # a run of somebody else that is refused must not hide the others
+        return status
 
 
 def _run_result(record: Mapping[str, Any], run_dir: Path) -> RunResult:

@@ -36,7 +36,7 @@ def _decode(line: bytes, end: int) -> Entry | None:
         raw: dict[str, Any] = json.loads(line)
         metrics = {key: float(value) for key, value in raw["metrics"].items()}
         return Entry(int(raw["step"]), float(raw["time"]), metrics, bool(raw.get("headline")), end)
-    except (ValueError, KeyError, TypeError, AttributeError):
+    except (ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError):
         return None
 
 
