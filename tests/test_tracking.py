@@ -236,6 +236,53 @@ def test_a_kill_between_two_writes_repeats_no_point(
     assert history(client, tracker.run_id, "loss") == [(s, float(s)) for s in range(12)]
 
 
+@pytest.mark.parametrize("first", ["", "torn\n", '{"step": 1}\n' * 9])
+def test_what_was_not_sent_before_a_cut_is_still_to_send(first: str, start: Open, refused_uri: str) -> None:
+    """A cut moves lines: damaged ones go, and so do those between others."""
+    tracker = start(tracking_uri=refused_uri)
+    tracker.finish("KILLED")
+    journal = Journal(tracker.run_dir / "metrics.jsonl")
+    journal.path.write_text(first)
+    for step in (1, 2, 8, 3, 4, 5, 9, 6, 7):
+        journal.append(step, {"loss": float(step)}, headline=step == 3)
+    state = SyncState.load(tracker.run_dir)
+    state.offset = next(entry.end for entry in journal.entries() if entry.step == 4)
+    state.save(tracker.run_dir)
+    tracker.rewind(6)
+    state = SyncState.load(tracker.run_dir)
+    assert [entry.step for entry in journal.entries(state.offset)] == [5, 6]
+    assert [entry.step for entry in journal.entries()] == [1, 2, 3, 4, 5, 6]
+    assert state.resent == {"loss": 8}
+    tracker.rewind(2)
+    assert list(journal.entries(SyncState.load(tracker.run_dir).offset)) == []
+
+
+@pytest.mark.parametrize("version", ["this", "earlier"])
+def test_a_run_that_comes_back_to_a_store_is_there_once(
+    version: str, start: Open, client: MlflowClient, uri: str, tmp_path: Path, empty_database: Path
+) -> None:
+    other = tmp_path / "other.db"
+    other.write_bytes(empty_database.read_bytes())
+    tracker = start()
+    tracker.log(1, {"loss": 1.0})
+    write_checkpoint(tracker, 1)
+    tracker.summary({"top1": 5.0})
+    tracker.finish("FINISHED")
+    if version == "earlier":
+        record = RunRecord.load(tracker.run_dir)
+        record.local_id = ""
+        record.save(tracker.run_dir)
+    for address in (f"sqlite:///{other}", uri, f"sqlite:///{other}"):
+        assert sync(tracker.run_dir, print, address).complete
+    for known in (client, MlflowClient(f"sqlite:///{other}")):
+        experiment = known.get_experiment_by_name("toy")
+        assert experiment is not None
+        (run,) = known.search_runs([experiment.experiment_id])
+        assert history(known, run.info.run_id, "loss") == [(1, 1.0)]
+        assert history(known, run.info.run_id, "top1") == [(1, 5.0)]
+        assert len(known.search_logged_models([experiment.experiment_id])) == 1
+
+
 @pytest.mark.parametrize("kind", ["refused", "silent"])
 def test_a_dead_server_costs_the_training_nothing(
     kind: str, start: Open, request: Any, messages: list[str]

@@ -9,7 +9,7 @@ from typing import Any, Literal, get_args
 Kind = Literal["pretrain", "eval", "import"]
 Status = Literal["RUNNING", "FINISHED", "FAILED", "KILLED"]
 
-_TEXTS = ("run_id", "name", "experiment", "root", "tracking_uri", "command", "host", "process")
+_TEXTS = ("run_id", "name", "experiment", "root", "tracking_uri", "command", "host", "process", "local_id")
 _MAPPINGS = ("params", "tags")
 
 
@@ -23,6 +23,8 @@ def record_problem(raw: Mapping[str, Any]) -> str | None:
             return f"{key} is no mapping of texts"
     if not re.fullmatch(r"[\w.:-]{1,200}", raw.get("run_id", "")):
         return "run_id is none"
+    if not re.fullmatch(r"[\w.:-]{0,200}", raw.get("local_id", "")):
+        return "local_id is none"
     if raw.get("kind") not in get_args(Kind) or raw.get("status", "RUNNING") not in get_args(Status):
         return f"kind {raw.get('kind')!r} or status {raw.get('status')!r} is unknown"
     return _number_problem(raw) or _part_problem(raw)

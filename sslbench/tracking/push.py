@@ -205,12 +205,23 @@ class Push:
         record, state = self.record, self.state
         location = experiment_dir(Path(record.root), record.experiment)
         state.experiment_id = self.store.experiment(record.experiment, location)
-        found = self.store.find_run(state.experiment_id, record.run_id)
+        found = self._known_run(state.experiment_id)
         if found is None:
-            tags = record.tags | self._parent_tag() | {"sslbench.local_id": record.run_id}
+            local_id = record.local_id or record.run_id
+            tags = record.tags | self._parent_tag() | {"sslbench.local_id": local_id}
             found = self.store.create_run(state.experiment_id, record.name, tags, record.started)
         state.store_run_id, state.artifact_uri = found
         state.save(self.run_dir)
+
+    def _known_run(self, experiment_id: str) -> tuple[str, str] | None:
+        """The run, if this store got it before it was recorded in another one."""
+        record = self.record
+        found = self.store.find_run(experiment_id, record.local_id or record.run_id)
+        if found is not None or record.local_id:
+            return found
+        # Earlier versions kept only the id that the first store gave it.
+        place = self.store.artifact_uri(record.run_id)
+        return None if place is None else (record.run_id, place)
 
     def _parent_tag(self) -> dict[str, str]:
         if self.record.parent is None:
@@ -354,7 +365,7 @@ class Push:
         tags = {"sslbench.checkpoint": str(self.run_dir / path), "sslbench.run": self.record.name, ORIGIN: origin}
         name = f"{self._short_name()}-step{step}"
         experiment_id = self.state.experiment_id or ""
-        begun = self.store.find_model(experiment_id, origin) if self.state.creating == path else None
+        begun = self.store.find_model(experiment_id, origin)
         self.state.creating = path
         self.state.save(self.run_dir)
         model_id, location = begun or self.store.create_model(experiment_id, run_id, name, step, params, tags)

@@ -120,6 +120,8 @@ class RunRecord(_JsonFile):
     datasets: list[dict[str, str]] = field(default_factory=list)
     checkpoints: dict[str, dict[str, Any]] = field(default_factory=dict)
     """Path inside the run directory -> step of the kept checkpoints, oldest first."""
+    local_id: str = ""
+    """By which every store that gets a copy finds the run again; empty in records of earlier versions."""
     moved_from: str | None = None
     """The folder of runs that the record names, if the run lies in another one now. Never saved."""
 

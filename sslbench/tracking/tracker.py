@@ -85,9 +85,10 @@ class Tracker:
             return cls._resume(resume.resolve(), log)
         root = root.absolute()
         root.mkdir(parents=True, exist_ok=True)
-        name, started = _free_name(root, name), now()
+        name, started, local_id = _free_name(root, name), now(), uuid.uuid4().hex
         record = RunRecord(
-            run_id=uuid.uuid4().hex,
+            run_id=local_id,
+            local_id=local_id,
             name=name,
             kind=kind,
             experiment=experiment,
@@ -116,6 +117,7 @@ class Tracker:
             log(f"the run was in {record.moved_from}; from now on it is recorded in {record.tracking_uri}")
         # The sender connects by itself: nobody needs to wait for the store here.
         tracker = cls(run_dir, record, log, None)
+        record = tracker._record = RunRecord.load(run_dir)  # until it had the lock, others could change it
         record.status, record.ended = "RUNNING", None
         record.pid, record.host, record.process = os.getpid(), socket.gethostname(), own_identity()
         record.save(run_dir)
@@ -200,11 +202,13 @@ class Tracker:
             for entry in entries:
                 if state.offset < entry.end <= state.sending and entry.step > step:
                     state.doubtful |= {key: max(entry.step, state.doubtful.get(key, -1)) for key in entry.metrics}
-            state.offset = max((entry.end for entry in sent if entry.step <= step), default=0)
-            state.sending = 0
-            state.save(self.run_dir)  # before the cut: nobody could tell afterwards what the store has
+            # Before the cut: nobody could tell afterwards what the store has. Offsets mean other lines then, so a
+            # kill in between makes the sender begin anew: the store keeps a point that it gets twice only once.
+            state.offset = state.sending = 0
+            state.save(self.run_dir)
             self._journal.truncate_after(step)
-            state.offset = min(state.offset, self._journal.size())
+            ends = [0, *(entry.end for entry in self._journal.entries())]
+            state.offset = ends[sum(entry.step <= step for entry in sent)]
 
     def finish(
         self, status: Literal["FINISHED", "FAILED", "KILLED"], error: Mapping[str, Any] | None = None
@@ -289,7 +293,7 @@ def _announce(record: RunRecord, log: Log) -> tuple[Store | None, SyncState]:
         location = experiment_dir(Path(record.root), record.experiment)
         state.experiment_id = store.experiment(record.experiment, location)
         parent_tag = _parent_tag(record)
-        tags = record.tags | parent_tag | {"sslbench.local_id": record.run_id}
+        tags = record.tags | parent_tag | {"sslbench.local_id": record.local_id}
         run_id, uri = store.create_run(state.experiment_id, record.name, tags, record.started)
     except (StoreError, RejectedError) as error:
         log(_out_of_reach(record.tracking_uri, error))
