@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import atexit
 import os
 import shutil
 import sys
@@ -64,7 +65,9 @@ def _isolate() -> None:
     for name in ("MLFLOW_TRACKING_URI", "SSLBENCH_RUNS", "SSLBENCH_REGISTRY"):
         os.environ.pop(name, None)
     os.environ["OMP_NUM_THREADS"] = "1"
-    os.environ["XDG_CACHE_HOME"] = tempfile.mkdtemp(prefix="chaos-cache-")
+    cache = tempfile.mkdtemp(prefix="chaos-cache-")
+    atexit.register(shutil.rmtree, cache, ignore_errors=True)
+    os.environ["XDG_CACHE_HOME"] = cache
 
 
 def _show(row: Row, shown: Table, console: Console) -> None:

@@ -146,25 +146,34 @@ def read_only_store(folder: Path, rng: random.Random) -> int:
 
 
 def killed_store_process(folder: Path, rng: random.Random) -> int:
-    """SIGKILL for the process that talks to MLflow, three times in a run."""
+    """SIGKILL for the process that talks to MLflow, at three steps of a run: it may not be there again yet."""
     put_database(folder)
+    kills: list[bool] = []
 
     def disturb(child: Child, view: View) -> None:
         for step in sorted(rng.sample(range(1, STEPS - 5), 3)):
             _at(child, view, step)
-            for pid in _store_processes(child.pid):
-                os.kill(pid, signal.SIGKILL)
+            kills.append(_store_killed(child))
 
     _run(folder, "", disturb)
+    promise(any(kills), "there was no store process to kill")
     return _synced(folder)
 
 
+def _store_killed(child: Child) -> bool:
+    """SIGKILL for the process that a run has for the store; False if it has none at the moment."""
+    found = list(_store_processes(child.pid))
+    for pid in found:
+        os.kill(pid, signal.SIGKILL)
+    return bool(found)
+
+
 def _store_processes(parent: int) -> Iterator[int]:
-    """Children that lead a session of their own."""
+    """Children that lead a session of their own and are alive."""
     for stat in Path("/proc").glob("[0-9]*/stat"):
         with suppress(OSError, IndexError):
             fields = stat.read_text().rpartition(")")[2].split()
-            if int(fields[1]) == parent and fields[3] == stat.parent.name:
+            if fields[0] != "Z" and int(fields[1]) == parent and fields[3] == stat.parent.name:
                 yield int(stat.parent.name)
 
 
@@ -303,7 +312,7 @@ FAULTS = [
     Fault("MLflow server begins to take 5 s per call", trials(on_a_line(slow_later), HELD), times=2),
     Fault("MLflow database locked by another process", trials(locked_database, HELD), times=3),
     Fault("MLflow database on a disk that becomes read-only", trials(read_only_store, HELD), times=2),
-    Fault("MLflow store process killed three times", trials(killed_store_process, HELD), times=4),
+    Fault("MLflow store process killed, up to three times", trials(killed_store_process, HELD), times=4),
     Fault("killed run in MLflow", trials(killed_run, "KILLED in list, compare and after sync"), times=3, quick=1),
     Fault("two first runs in one empty folder", trials(two_first_runs, "both in one database, exactly"), times=3),
     Fault("speed while the MLflow server is down", measured(speed(Line.cut, _mended)), times=1),

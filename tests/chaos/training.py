@@ -9,7 +9,7 @@ from pathlib import Path
 
 from chaos.children import NOWHERE, Child, promise, ranks, typed
 from chaos.fault import Fault
-from chaos.killing import GO_ON, WORLDS
+from chaos.killing import GO_ON, WORLDS, all_killed
 from chaos.runs import View, expect_close, expect_same, resumed_after, whole
 from chaos.trials import Trial, trials
 from sslbench.engine.checkpoint import read_meta, step_of
@@ -66,17 +66,19 @@ def rolled_back(world: int) -> Trial:
         first = rng.randrange(5, 14)
         line = f"{diverging(first)} {CURE}"
         expected = whole(line)
-        view = View(folder)
-        children = ranks(line, folder, world)
-        children[0].wait_for(lambda: "roll-back 1 of 2" in children[0].said and view.last_step() > first + 4)
-        for child in children:
-            child.kill()
+        view = all_killed(
+            line,
+            world,
+            folder,
+            rng,
+            lambda view, child: "roll-back 1 of 2" in child.said and view.last_step() > first + 4,
+        )
         reached = view.last_step()
-        said, *_ = [child.end() for child in ranks(GO_ON, folder, world)]
+        said, *_ = [child.end() for child in ranks(GO_ON, view.path, world)]
         (expect_same if world == 1 else expect_close)(view.the_run(), expected)
         events = json.loads((view.the_run() / "run.json").read_text())["tags"]["sslbench.rolled_back"]
         promise("lr x 1e-13" in events, events)
-        promise("(rolled back)" in typed("list runs", folder), "list runs does not show it")
+        promise("(rolled back)" in typed("list runs", view.path), "list runs does not show it")
         return reached - resumed_after(said)
 
     return trial
