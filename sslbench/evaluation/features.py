@@ -82,15 +82,18 @@ class Extractor:
         """How many images may be left out."""
         return self.data.max_unreadable if self.data else 0
 
-    def share(self, rank: int, world: int) -> tuple[Tensor, Tensor]:
+    def share(self, rank: int, world: int, place: torch.device) -> tuple[Tensor, Tensor]:
         """Features ``[n,D]`` of this rank's share, and int64 ``[n]`` on the CPU: the positions of its samples.
+
+        Args:
+            place: where the features are to be.
 
         Raises:
             DataError: more images are unreadable.
         """
         rows = rank_share(len(self.indices), rank, world)
         # Written where they stay: lists would double the memory.
-        features, found, end = torch.empty(len(rows), self.backbone.dim, device=self.device), [], 0
+        features, found, end = torch.empty(len(rows), self.backbone.dim, device=place), [], 0
         for batch, places in self._batches(torch.arange(rows.start, rows.stop), len(self.indices)):
             features[end : (end := end + len(batch))] = batch
             found.append(places)
@@ -193,7 +196,7 @@ def extract(
         DataError: more images are unreadable.
     """
     extractor = Extractor(backbone, source, indices, preprocessing, batch_size, device, data)
-    rows, places = comm.patiently(lambda: extractor.share(comm.rank(), comm.world()))
+    rows, places = comm.patiently(lambda: extractor.share(comm.rank(), comm.world(), device))
     found = comm.gather(places)
     check_complete(len(indices) - len(found), extractor.max_unreadable)
     return IndexedFeatures(comm.gather(rows), indices[found].to(device))

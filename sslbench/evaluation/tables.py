@@ -137,13 +137,13 @@ def _begun(path: Path, key: Mapping[str, Any], wanted: Layout) -> ShardedTable |
 
 def _in_memory(extractor: Extractor, device: torch.device | None) -> StoredTable:
     """Without files: every rank computes its share and all get the whole."""
-    rows, places = comm.patiently(lambda: extractor.share(comm.rank(), comm.world()))
     target = device or torch.device("cpu")
+    rows, places = comm.patiently(lambda: extractor.share(comm.rank(), comm.world(), target))
     table = torch.zeros(len(extractor.indices), rows.shape[1], device=target)
     readable = torch.zeros(len(table), dtype=torch.bool)
     readable[comm.gather(places)] = True
     check_complete(int((~readable).sum()), extractor.max_unreadable)
-    table[readable.nonzero().flatten().to(target)] = comm.gather(rows.to(target))
+    table[readable.nonzero().flatten().to(target)] = comm.gather(rows)
     return StoredTable(table, readable)
 
 
