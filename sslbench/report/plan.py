@@ -168,7 +168,7 @@ def _confidence(plan: Plan) -> str:
     source = plan.measured or "counts and published peak numbers"
     return (
         f"Speed from {source}: hours may be off by a factor of {plan.factor:g} either way. "
-        "Memory within about 15 %. Evaluations, probes, checkpoints, waiting for the file system and work between "
+        "Memory within about 20 %. Evaluations, probes, checkpoints, waiting for the file system and work between "
         "epochs are not in it."
     )
 
