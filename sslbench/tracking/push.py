@@ -271,7 +271,7 @@ class Push:
     def _reopen(self, run_id: str) -> None:
         if self.record.status == "RUNNING" and self.state.status not in (None, "RUNNING"):
             self.store.set_status(run_id, "RUNNING", None)
-            self.state.status = "RUNNING"
+            self.state.status, self.state.ended = "RUNNING", None
 
     def _params(self, run_id: str) -> None:
         new = {key: value for key, value in self.record.params.items() if key not in self.state.params}
@@ -436,9 +436,10 @@ class Push:
         return file.resolve().is_relative_to(self.run_dir.resolve())
 
     def _close(self, run_id: str) -> None:
-        if self.state.status != self.record.status:
-            self.store.set_status(run_id, self.record.status, self.record.ended)
-            self.state.status = self.record.status
+        final = (self.record.status, self.record.ended)
+        if (self.state.status, self.state.ended) != final:
+            self.store.set_status(run_id, *final)
+            self.state.status, self.state.ended = final
 
 
 def experiment_dir(root: Path, experiment: str) -> Path:

@@ -213,6 +213,8 @@ class SyncState(_JsonFile):
     uploaded: dict[str, float] = field(default_factory=dict)
     """File -> its modification time when a remote store got a copy."""
     status: str | None = None
+    ended: float | None = None
+    """With that status: a run that was finished, resumed and finished again has another end."""
 
     @classmethod
     def file_name(cls) -> str:
