@@ -113,3 +113,17 @@ def test_only_what_is_needed_must_be_intact(tmp_path: Path) -> None:
     assert not said
     assert checkpoint.latest(tmp_path, said.append) == paths[0]
     assert "state.pt" in said[0]
+
+
+def test_what_killed_processes_left_is_removed_and_anything_else_stays(tmp_path: Path) -> None:
+    folder = tmp_path / checkpoint.FOLDER
+    (folder / "step-00000001.partial").mkdir(parents=True)
+    (folder / "step-00000001.partial" / "backbone.pt").write_bytes(b"begun")
+    (folder / "step-00000002").mkdir()  # deleted but for the folder itself
+    (folder / "step-00000003").mkdir()
+    (folder / "step-00000003" / "state.pt").write_bytes(b"of somebody who lost its meta.json")
+    writer = saver(tmp_path)
+    writer.save(meta(4), {}, {})
+    writer.finished(wait=True)
+    writer.close()
+    assert sorted(path.name for path in folder.iterdir()) == ["LATEST", "step-00000003", "step-00000004"]

@@ -153,6 +153,7 @@ class Retention:
             epoch: None: read it when it is needed.
         """
         if self._newest is None:
+            _sweep(path.parent)
             self._newest = deque((old, None) for old in checkpoint.list_checkpoints(self.run_dir))
         # Later ones are what a resumed run has passed over as damaged: they must not crowd out good ones.
         while self._newest and self._newest[-1][0].name >= path.name:
@@ -169,6 +170,15 @@ class Retention:
             return False
         epoch = checkpoint.epoch_of(path) if epoch is None else epoch
         return epoch is not None and epoch % self.keep_epochs == 0
+
+
+def _sweep(folder: Path) -> None:
+    """Remove what killed processes left: checkpoints begun and not completed, and deleted ones whose folder remained."""
+    for begun in folder.glob("step-????????.partial"):
+        shutil.rmtree(begun, ignore_errors=True)
+    for left in folder.glob("step-????????"):
+        with suppress(OSError):  # it is not empty
+            left.rmdir()
 
 
 def _delete(path: Path) -> None:
