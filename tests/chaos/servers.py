@@ -85,6 +85,7 @@ class Line:
         self.port = _free_port()
         self.uri = f"http://127.0.0.1:{self.port}"
         self.slow = False
+        self.calls = 0
         self._target = target
         self._listener: socket.socket | None = None
         self._open: list[socket.socket] = []
@@ -120,6 +121,7 @@ class Line:
                 if is_call and self.slow and time.monotonic() - last > _PAUSE_S:
                     time.sleep(SLOW_S)
                 last = time.monotonic()
+                self.calls += is_call
                 target.sendall(content)
         for one in (source, target):
             with suppress(OSError):

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import json
 import os
 import random
 import signal
 import sqlite3
 import statistics
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
+from typing import NamedTuple, TextIO
 
 from chaos.children import Child, promise, put_database, typed
 from chaos.fault import Fault, Finding
@@ -27,7 +29,7 @@ TRAIN = (
     "probe.every=0 checkpoint.every_steps=5 checkpoint.keep=2 train.epochs="
 )
 RUN = f"{TRAIN}10"
-_PHASES, _PHASE_STEPS = 16, 40
+_PAIRS, _TURN_S = 10, 12.0
 _TOLERANCE = 1.02
 
 Disturb = Callable[[Child, View], None]
@@ -210,64 +212,90 @@ def _synced(folder: Path) -> int:
     return 0
 
 
-def speed(spoil: Callable[[Line], None], mend: Callable[[Line], None]) -> Trial:
-    """CPU time of a step while the store is well and while it is not, by turns in one process.
+class Pace(NamedTuple):
+    """What a step took while the store was as it was."""
 
-    The machine may do other things meanwhile: CPU time is what the run itself needs, and each turn is compared
-    with its neighbour.
+    wall: float
+    """Seconds, pauses included."""
+    cpu: float
+    """Of all threads of the process, in seconds."""
+
+
+def speed(spoil: Callable[[Line], None], mend: Callable[[Line], None]) -> Trial:
+    """Time of a step while the store is well and while it is not, by turns in one process.
+
+    Each turn is longer than the first pauses between attempts to reach a lost store, and is compared with its
+    neighbour, since the machine may get slower or faster meanwhile.
     """
 
     def trial(folder: Path, rng: random.Random) -> int:
         line = Line(the_server().port)
-        epochs = -(-(_PHASES + 1) * _PHASE_STEPS // (STEPS // 10))
-        quiet = f"{TRAIN}{epochs}".replace("checkpoint.every_steps=5", "checkpoint.every_steps=100000")
+        quiet = f"{TRAIN}100000".replace("checkpoint.every_steps=5", "checkpoint.every_steps=10000000")
         child = Child(f"{quiet} run.tracking_uri={line.uri} run.name=speed-{time.time_ns()}", folder)
         view = View(folder)
-        _at(child, view, _PHASE_STEPS)
-        medians = []
-        for phase in range(_PHASES):
-            (spoil if phase % 2 else mend)(line)
-            medians.append(statistics.median(_step_times(child, view, _PHASE_STEPS)))
+        _at(child, view, 100)
+        paces = []
+        for phase in range(2 * _PAIRS):
+            if phase % 2:
+                spoil(line)
+            else:
+                mend(line)
+                _acknowledged(child, line)
+            paces.append(_pace(child, view.the_run() / "metrics.jsonl"))
         child.kill()
         line.cut()
-        ratios = [bad / well for well, bad in zip(medians[::2], medians[1::2], strict=True)]
-        _measured.append(statistics.median(ratios))
-        promise(_measured[-1] <= _TOLERANCE, f"a step takes {100 * (_measured[-1] - 1):+.1f} % CPU time")
+        _measured.extend(Pace(bad.wall / well.wall, bad.cpu / well.cpu) for well, bad in _pairs(paces))
+        for name in Pace._fields:
+            slower = statistics.median(getattr(ratio, name) for ratio in _measured)
+            promise(slower <= _TOLERANCE, f"a step takes {_percent(slower)} {name} time")
         return 0
 
     return trial
 
 
-_measured: list[float] = []
+_measured: list[Pace] = []
+"""Of each pair of turns, how many times longer a step took without a healthy store."""
 
 
-def _step_times(child: Child, view: View, steps: int) -> Iterator[float]:
-    """CPU seconds of each of the next steps, of all threads of the process."""
-    tail = _Tail(view.the_run() / "metrics.jsonl")
-    tail.news()
-    last: float | None = None
-    while steps > 0:
+def _pairs(paces: Sequence[Pace]) -> Iterator[tuple[Pace, Pace]]:
+    return zip(paces[::2], paces[1::2], strict=True)
+
+
+def _acknowledged(child: Child, line: Line) -> None:
+    """Wait until the store has what it missed."""
+    before = line.calls
+    promise(child.wait_for(lambda: line.calls > before + 2), "nothing reaches the store again")
+    time.sleep(3)
+
+
+def _pace(child: Child, journal: Path) -> Pace:
+    with journal.open() as lines:
+        lines.seek(0, os.SEEK_END)
+        lines.readline()  # the rest of one half written
+        begun = _next_step(child, lines)
+        started, cpu = time.perf_counter(), _cpu_seconds(child.pid)
+        while time.perf_counter() < started + _TURN_S:
+            step = _next_step(child, lines)
+        wall, cpu = time.perf_counter() - started, _cpu_seconds(child.pid) - cpu
+    return Pace(wall / (step - begun), cpu / (step - begun))
+
+
+def _next_step(child: Child, lines: TextIO) -> int:
+    """Wait for a line of the journal; its step."""
+    found = ""
+    while not found.endswith("\n"):
         promise(child.running, "the run ended too early")
-        if not tail.news():
-            time.sleep(0.0005)
-            continue
-        now = _cpu_seconds(child.pid)
-        if last is not None:
-            steps -= 1
-            yield now - last
-        last = now
+        found += lines.readline() or _nothing()
+    return int(json.loads(found)["step"])
 
 
-class _Tail:
-    """Whether a file has grown since the last look."""
+def _nothing() -> str:
+    time.sleep(0.0005)
+    return ""
 
-    def __init__(self, path: Path) -> None:
-        self.path = path
-        self.size = 0
 
-    def news(self) -> bool:
-        before, self.size = self.size, self.path.stat().st_size
-        return self.size > before
+def _percent(ratio: float) -> str:
+    return f"{100 * (ratio - 1):+.1f} %"
 
 
 def _cpu_seconds(pid: int) -> float:
@@ -293,13 +321,19 @@ def _fast(line: Line) -> None:
 
 def measured(trial: Trial) -> Callable[[Path, int, int], Finding]:
     """A row that states the figures."""
-    inflict = trials(trial, "CPU time of a step beside one with a healthy store")
+    inflict = trials(trial, "of a step, in turns beside a healthy store")
 
     def with_figures(folder: Path, times: int, seed: int) -> Finding:
         _measured.clear()
         found = inflict(folder, times, seed)
-        figures = ", ".join(f"{100 * (ratio - 1):+.1f} %" for ratio in _measured)
-        return replace(found, result=f"{found.result}: {figures}")
+        figures = []
+        for name in Pace._fields if _measured else ():
+            ratios = sorted(getattr(ratio, name) for ratio in _measured)
+            between = f"{_percent(ratios[0])} to {_percent(ratios[-1])}"
+            figures.append(
+                f"{name} time {_percent(statistics.median(ratios))} (median of {len(ratios)}; {between})"
+            )
+        return replace(found, result=" ".join([", ".join(figures), found.result]))
 
     return with_figures
 
