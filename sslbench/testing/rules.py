@@ -1,4 +1,4 @@
-"""Rules of a plugin kind, checked one by one: what held, what was broken and how to mend it, what could not be tried."""
+"""Rules of a plugin kind, tried one by one: what held, what broke and how to mend it, what could not be tried."""
 
 from __future__ import annotations
 
