@@ -173,7 +173,7 @@ class Retention:
 
 
 def _sweep(folder: Path) -> None:
-    """Remove what killed processes left: checkpoints begun and not completed, and deleted ones whose folder remained."""
+    """Remove what killed processes left: checkpoints not completed, and deleted ones whose folder remained."""
     for begun in folder.glob("step-????????.partial"):
         shutil.rmtree(begun, ignore_errors=True)
     for left in folder.glob("step-????????"):
