@@ -51,6 +51,23 @@ class PluginError(SslbenchError):
     title = "Plugin error"
 
 
+class MissingExtraError(PluginError):
+    """A plugin needs a package that is an optional extra and is not installed: no fault of the plugin.
+
+    Args:
+        plugin: who needs it, such as ``backbone 'timm'``.
+        package: its name, also as :attr:`package`.
+        extra: what to install, such as ``sslbench[timm]``; unset: the package itself.
+    """
+
+    def __init__(self, plugin: str, package: str, extra: str | None = None) -> None:
+        super().__init__(
+            f"{plugin} needs the package '{package}', which is not installed",
+            hint=f"pip install '{extra or package}'",
+        )
+        self.package = package
+
+
 class DataError(SslbenchError):
     """A data set is missing, unreadable or not what it should be."""
 
