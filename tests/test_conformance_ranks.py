@@ -18,10 +18,11 @@ from sslbench.errors import ConfigError, PluginError
 from sslbench.nn.heads import mlp
 from sslbench.nn.queue import FeatureQueue
 from sslbench.plugin.api import Batch, Build, Method, MethodConfig, Progress, TrainingImages, ViewSpec
+from sslbench.plugin.catalog import Catalog, Kind
 from sslbench.testing import ConformanceError, RankReport, check_ranks
 from sslbench.testing.compare import relative_difference
 from sslbench.testing.ranks import Checked, check_all
-from sslbench.testing.reference import MethodReference
+from sslbench.testing.reference import PluginReference
 
 PLUGIN = '''
 """Classifies."""
@@ -251,11 +252,29 @@ def test_a_rank_that_fails_ends_the_check(method: type[Method], words: tuple[str
 def test_methods_are_found_by_name_class_and_file(tmp_path: Path) -> None:
     file = tmp_path / "mine.py"
     file.write_text(PLUGIN)
-    by_file = MethodReference.of(str(file)).load()
-    assert (by_file.name, MethodReference.of(Path(file)).load()) == ("mine", by_file)
-    assert MethodReference.of("simclr").load().name == "simclr"
-    assert MethodReference.of(Right).load() is Right
-    assert MethodReference(Right.__name__, Path(__file__), "no_such_module").load().name == "right"
+    by_file = PluginReference.of("method", str(file)).load()
+    assert (by_file.name, PluginReference.of("method", Path(file)).load()) == ("mine", by_file)
+    assert PluginReference.of("method", "simclr").load().name == "simclr"
+    assert PluginReference.of("method", Right).load() is Right
+    assert PluginReference("method", Right.__name__, Path(__file__), "no_such_module").load().name == "right"
+
+
+@pytest.mark.parametrize(("kind", "name"), [("dataset", "digits"), ("backbone", "conv4"), ("eval", "knn")])
+def test_plugins_of_every_kind_are_found(kind: Kind, name: str) -> None:
+    by_name = PluginReference.of(kind, name)
+    cls = by_name.load()
+    assert (cls.name, by_name.title) == (name, name)
+    by_class = PluginReference.of(kind, cls)
+    assert (by_class.load(), by_class.title) == (cls, name)
+    assert PluginReference.of(kind, by_class) is by_class
+    assert PluginReference.in_catalog(Catalog(), kind, name).load() is cls
+
+
+def test_a_plugin_of_a_file_is_found_in_its_catalogue(tmp_path: Path) -> None:
+    file = tmp_path / "mine.py"
+    file.write_text(PLUGIN)
+    reference = PluginReference.in_catalog(Catalog((file,)), "method", "mine")
+    assert (reference.file, reference.title, reference.load().name) == (file, "mine:mine", "mine")
 
 
 def test_methods_that_other_processes_cannot_find_are_refused(tmp_path: Path) -> None:
@@ -263,10 +282,10 @@ def test_methods_that_other_processes_cannot_find_are_refused(tmp_path: Path) ->
         pass
 
     with pytest.raises(PluginError, match="inside a function"):
-        MethodReference.of(Inside)
+        PluginReference.of("method", Inside)
     (tmp_path / "none.py").write_text('"""Nothing."""')
     with pytest.raises(PluginError, match=r"none\.py offers 0 methods"):
-        MethodReference.of(tmp_path / "none.py")
+        PluginReference.of("method", tmp_path / "none.py")
 
 
 @pytest.mark.slow

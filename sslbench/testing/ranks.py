@@ -9,7 +9,7 @@ from typing import Any
 
 from sslbench.plugin.api import Method
 from sslbench.testing.compare import Case
-from sslbench.testing.reference import MethodReference
+from sslbench.testing.reference import PluginReference
 from sslbench.testing.report import ConformanceError, RankReport
 from sslbench.testing.toys import Norm
 from sslbench.testing.trial import Trial, run
@@ -24,7 +24,7 @@ TOLERANCE = 1e-3
 class Checked:
     """A method with what it is checked with."""
 
-    method: type[Method] | str | Path
+    method: type[Method] | str | Path | PluginReference
     options: Mapping[str, Any] = field(default_factory=dict)
     core: Mapping[str, Any] = field(default_factory=dict)
     uneven: bool = True
@@ -34,7 +34,7 @@ class Checked:
 
 
 def check_ranks(
-    method: type[Method] | str | Path,
+    method: type[Method] | str | Path | PluginReference,
     *,
     world: int = 2,
     options: Mapping[str, Any] | None = None,
@@ -109,7 +109,9 @@ def check_all(
         (checked, trial)
         for checked in methods
         for trial in _trials(
-            checked, norms, Trial(_reference(checked), {}, {}, "batch", images, batch_size, steps), world
+            checked,
+            norms,
+            Trial(PluginReference.of("method", checked.method), {}, {}, "batch", images, batch_size, steps),
         )
     ]
     together, alone = in_worlds(run, [trial for _, trial in wanted], world, timeout)
@@ -121,11 +123,7 @@ def check_all(
     return [_judged(checked, found, world, tolerance) for checked, found in cases.values()]
 
 
-def _reference(checked: Checked) -> MethodReference:
-    return MethodReference.of(checked.method)
-
-
-def _trials(checked: Checked, norms: Sequence[Norm], trial: Trial, world: int) -> list[Trial]:
+def _trials(checked: Checked, norms: Sequence[Norm], trial: Trial) -> list[Trial]:
     sizes = [trial.batch_size, trial.batch_size - 1] if checked.uneven else [trial.batch_size]
     return [
         replace(trial, options=checked.options, core=checked.core, norm=norm, batch_size=size)
@@ -135,7 +133,7 @@ def _trials(checked: Checked, norms: Sequence[Norm], trial: Trial, world: int) -
 
 
 def _judged(checked: Checked, cases: Sequence[Case], world: int, tolerance: float) -> RankReport:
-    name = checked.title or (checked.method.name if isinstance(checked.method, type) else str(checked.method))
+    name = checked.title or PluginReference.of("method", checked.method).title
     report = RankReport(name, world, tolerance, cases=tuple(case.name for case in cases))
     report.add(difference for case in cases for difference in case.differences())
     report.identical = not any(True for case in cases for _ in case.between_ranks())

@@ -1,4 +1,4 @@
-"""Which method is meant, said so that other processes find it too."""
+"""Which plugin is meant, said so that other processes find it too."""
 
 from __future__ import annotations
 
@@ -12,55 +12,71 @@ from types import ModuleType
 from typing import Any, Self
 
 from sslbench.errors import PluginError
-from sslbench.plugin.api import Method
-from sslbench.plugin.catalog import Catalog
+from sslbench.plugin.catalog import Catalog, Kind
 
 
 @dataclass(frozen=True)
-class MethodReference:
-    """A method by the name it is installed under, by its file, or by its class."""
+class PluginReference:
+    """A plugin by the name it is installed under, by its file, or by its class."""
 
+    kind: Kind
     name: str
     file: Path | None = None
     module: str | None = None
     """Of a class, whose qualified name ``name`` is then."""
 
     @classmethod
-    def of(cls, method: type[Method] | str | Path) -> Self:
+    def of(cls, kind: Kind, plugin: type[Any] | str | Path | PluginReference) -> PluginReference:
         """
         Raises:
-            PluginError: a class that other processes cannot find, or a file without exactly one method.
+            PluginError: a class that other processes cannot find, or a file without exactly one of the kind.
         """
-        if isinstance(method, type):
-            return cls._of_class(method)
-        if isinstance(method, Path) or method.endswith(".py"):
-            return cls._of_file(Path(method).resolve())
-        return cls(method)
+        if isinstance(plugin, PluginReference):
+            return plugin
+        if isinstance(plugin, type):
+            return cls._of_class(kind, plugin)
+        if isinstance(plugin, Path) or plugin.endswith(".py"):
+            return cls._of_file(kind, Path(plugin).resolve())
+        return cls(kind, plugin)
 
     @classmethod
-    def _of_class(cls, method: type[Method]) -> Self:
-        if "<locals>" in method.__qualname__:
+    def in_catalog(cls, catalog: Catalog, kind: Kind, name: str) -> Self:
+        """
+        Raises:
+            PluginError: nothing or more than one plugin of the catalogue has this name.
+        """
+        entry = catalog.find(kind, name)
+        return cls(kind, entry.address, Path(entry.module) if entry.version == "local" else None)
+
+    @classmethod
+    def _of_class(cls, kind: Kind, plugin: type[Any]) -> Self:
+        if "<locals>" in plugin.__qualname__:
             raise PluginError(
-                f"{method.__qualname__} is defined inside a function, where other processes cannot find it",
+                f"{plugin.__qualname__} is defined inside a function, where other processes cannot find it",
                 hint="define the class at the top of its module",
             )
-        return cls(method.__qualname__, Path(inspect.getfile(method)).resolve(), method.__module__)
+        return cls(kind, plugin.__qualname__, Path(inspect.getfile(plugin)).resolve(), plugin.__module__)
 
     @classmethod
-    def _of_file(cls, file: Path) -> Self:
-        entries = Catalog.from_options([str(file)]).entries("method")
+    def _of_file(cls, kind: Kind, file: Path) -> Self:
+        entries = Catalog.from_options([str(file)]).entries(kind)
         names = [entry.name for entry in entries if entry.version == "local"]
         if len(names) != 1:
             raise PluginError(
-                f"{file.name} offers {len(names)} methods: {', '.join(names) or 'none'}",
+                f"{file.name} offers {len(names)} {kind}s: {', '.join(names) or 'none'}",
                 hint="pass the class of the one that is meant",
             )
-        return cls(f"{file.stem}:{names[0]}", file)
+        return cls(kind, f"{file.stem}:{names[0]}", file)
 
-    def load(self) -> type[Method]:
+    @property
+    def title(self) -> str:
+        """Its name in reports."""
+        return self.name if self.module is None else str(getattr(self.load(), "name", self.name))
+
+    def load(self) -> type[Any]:
         """The class, in any process."""
         if self.module is None:
-            return Catalog(local=(self.file,) if self.file else ()).load("method", self.name)
+            return Catalog(local=(self.file,) if self.file else ()).load(self.kind, self.name)
         found: Any = self._imported(self.module)
         for part in self.name.split("."):
             found = getattr(found, part)

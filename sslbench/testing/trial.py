@@ -19,7 +19,7 @@ from sslbench.engine.optim import build_optimizer
 from sslbench.nn.sync_norm import SharedBatchNorm, share_statistics
 from sslbench.plugin.api import Batch, Build, Method, Progress
 from sslbench.rng import derive_seed
-from sslbench.testing.reference import MethodReference
+from sslbench.testing.reference import PluginReference
 from sslbench.testing.toys import CLASSES, Norm, ToyBackbone, toy_loader
 
 Record = dict[str, Any]
@@ -34,7 +34,7 @@ _OPTIM = {"name": "sgd", "lr": 0.01, "schedule": "constant", "warmup_epochs": 0.
 class Trial:
     """What all ranks do."""
 
-    method: MethodReference
+    method: PluginReference
     options: Mapping[str, Any]
     core: Mapping[str, Any]
     """Core options (``{"train": {"sync_bn": False}}``), above the method's own defaults."""
