@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import shutil
 import socket
 import sqlite3
 import subprocess
@@ -31,7 +32,9 @@ from sslbench.tracking import (
     sync,
 )
 from sslbench.tracking.journal import Journal
+from sslbench.tracking.push import Push
 from sslbench.tracking.record import SyncState, flatten
+from sslbench.tracking.store import Store, StoreError
 
 PARAMS = {"method": {"name": "byol", "tau": 0.99, "views": [{"size": 32}]}, "optim": {"lr": 0.1, "note": None}}
 TAGS = {"method": "byol", "seed": "1", "sslbench.dataset": "toy"}
@@ -234,6 +237,36 @@ def test_a_kill_between_two_writes_repeats_no_point(
         again.log(step, {"loss": float(step)})
     again.finish("FINISHED")
     assert history(client, tracker.run_id, "loss") == [(s, float(s)) for s in range(12)]
+
+
+@pytest.mark.parametrize("known", [True, False], ids=["the record knows", "the record lags"])
+def test_no_model_is_left_of_a_checkpoint_deleted_while_it_was_made(
+    start: Open, client: MlflowClient, uri: str, refused_uri: str, known: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tracker = start(tracking_uri=refused_uri)
+    first, second = write_checkpoint(tracker, 10), write_checkpoint(tracker, 20)
+    tracker.finish("KILLED")
+
+    def killed(store: Store, model_id: str) -> None:
+        raise StoreError("killed")
+
+    def models() -> list[str]:
+        experiments = [experiment.experiment_id for experiment in client.search_experiments()]
+        return sorted(m.tags["sslbench.checkpoint"] for m in client.search_logged_models(experiments))
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Store, "finalize_model", killed)
+        with pytest.raises(StoreError):
+            Push(tracker.run_dir, Store(uri)).everything()
+    assert models() == [str(first)]
+    shutil.rmtree(first)
+    if not known:
+        Push(tracker.run_dir, Store(uri)).everything()
+    record = RunRecord.load(tracker.run_dir)
+    del record.checkpoints["checkpoints/step-10"]
+    record.save(tracker.run_dir)
+    Push(tracker.run_dir, Store(uri)).everything()
+    assert models() == [str(second)]
 
 
 @pytest.mark.parametrize("first", ["", "torn\n", '{"step": 1}\n' * 9])

@@ -329,20 +329,24 @@ class Push:
         self._finish_creation()
         for path in [path for path in self.state.models if path not in self.record.checkpoints]:
             self._delete_model(path)
-        for path in self.record.checkpoints:
+        for path in sorted(self.record.checkpoints, key=lambda path: path != self.state.creating):
             if path not in self.state.models and (self.run_dir / path / META).is_file():
                 self._create_model(run_id, path)
         if self.record.parent is not None and self.state.used_model is None:
             self._use_parent_model(run_id)
 
     def _finish_creation(self) -> None:
-        """Know the LoggedModel of a checkpoint that was deleted while the store's answer was awaited."""
+        """Know the LoggedModel that was being made when the process ended, before another one is begun.
+
+        Its checkpoint may be gone by now, and the record may not know that yet.
+        """
         path = self.state.creating
-        if path is not None and path not in self.record.checkpoints:
-            found = self.store.find_model(self.state.experiment_id or "", self._origin(path))
-            if found is not None:
-                self.state.models[path] = found[0]
-            self.state.creating = None
+        if path is None or (path in self.record.checkpoints and (self.run_dir / path / META).is_file()):
+            return
+        found = self.store.find_model(self.state.experiment_id or "", self._origin(path))
+        if found is not None:
+            self.state.models[path] = found[0]
+        self.state.creating = None
 
     def _origin(self, path: str) -> str:
         plain = re.sub(r"[^\w./-]", "_", path)

@@ -289,7 +289,8 @@ def read_only_runs(folder: Path, rng: random.Random) -> int:
         disk.protect()
         promise("killed" in typed(f"{runs} list runs", folder), "`list` does not see it")
         promise("simclr" in typed(f"{runs} compare", folder), "`compare` does not see it")
-        for line in ("pretrain --resume last train.epochs=2", "eval knn last k=3", "sync last"):
+        elsewhere = f"sync last --tracking-uri sqlite:///{folder}/mlflow.db"
+        for line in ("pretrain --resume last train.epochs=2", "eval knn last k=3", elsewhere):
             said = typed(f"{runs} {line}", folder, code=5)
             promise("read-only" in said, f"{line} does not say that it is read-only:\n{said[-500:]}")
         disk.release()
