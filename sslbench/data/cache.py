@@ -82,7 +82,7 @@ class PixelCache(Entry[MappedPixels]):
             about = json.loads((self.path / ABOUT).read_text())
             unreadable = {int(index): self._read(int(index)) for index in about["unreadable"]}
             pixels = self._map()
-        except (OSError, ValueError, KeyError, TypeError, IndexError):
+        except (OSError, ValueError, KeyError, TypeError, IndexError, RecursionError):
             return None
         # An image that could not be read once, perhaps for want of a permission, may be readable now.
         reasons = {index: found for index, found in unreadable.items() if isinstance(found, str)}

@@ -174,7 +174,7 @@ class PackedImages(Entry[PackedSource]):
                 return None
             again = [int(index) for index in about["unreadable"]]
             reasons = {index: read_or_reason(self.source, index) for index in again}
-        except (OSError, ValueError, KeyError, TypeError, IndexError):
+        except (OSError, ValueError, KeyError, TypeError, IndexError, RecursionError):
             return None
         known = {index: reason for index, reason in reasons.items() if isinstance(reason, str)}
         if len(known) < len(again):

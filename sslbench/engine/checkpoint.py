@@ -32,6 +32,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from sslbench.config.options import Options
 from sslbench.config.validate import validate_section
 from sslbench.errors import CheckpointError, write_failure
+from sslbench.launch.environment import launch_words
 from sslbench.plugin.api import Backbone
 from sslbench.plugin.catalog import Catalog
 from sslbench.untrusted import read_whole
@@ -339,9 +340,10 @@ def _pointed(run_dir: Path) -> Path | None:
 
 def _write_failure(path: Path, error: BaseException) -> CheckpointError:
     reason = write_failure(error, path) or _first_line(error)
+    again = f"sslbench pretrain --resume {shlex.quote(str(path.parent.parent))}{launch_words()}"
     return CheckpointError(
         f"checkpoint {path} could not be written: {reason}; earlier checkpoints are untouched",
-        hint=f"free some space, then: sslbench pretrain --resume {shlex.quote(str(path.parent.parent))}",
+        hint=f"free some space, then: {again}",
     )
 
 

@@ -192,8 +192,8 @@ def _cure(error: DivergedError, composed: Composed, tracker: Tracker) -> Diverge
     )
     name = shlex.quote(tracker.name)
     again = f"sslbench pretrain --resume {name} train.rollback={composed.core.train.rollback + 1}"
-    start = f"; from the last checkpoint on: {again} train.rollback_factor=0.1" if kept else ""
-    return DivergedError(f"{error.message}; {last}", hint=f"{command}{start}, or {error.hint}")
+    start = f"; from the last checkpoint on: {again} train.rollback_factor=0.1{launch_words()}" if kept else ""
+    return DivergedError(f"{error.message}; {last}", hint=f"{command}{launch_words()}{start}, or {error.hint}")
 
 
 def _restore(parts: Parts, trained: Trained, run_dir: Path, observer: RunObserver) -> Meter | None:

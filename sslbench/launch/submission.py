@@ -174,7 +174,7 @@ def _local(name: str, resources: Resources) -> dict[str, Any]:
         "gpus_per_node": resources.devices if resources.gpus else 0,
         "signal_delay_s": min(resources.save_seconds, round(minutes * 30)),
         "stderr_to_stdout": True,
-        "setup": resources.setup,
+        "setup": list(resources.setup) or None,
     }
 
 

@@ -152,14 +152,19 @@ def _fits_device(images: float, device: Device) -> bool:
 def _cores(subject: Subject, cluster: Cluster, cores: int) -> Cores:
     if cluster.device.shares_host:
         return Cores(cores / cluster.per_node, shared=True)
-    workers = subject.composed.core.data.workers
-    return Cores(max(1, min(cores, DEFAULT_WORKERS if workers is None else workers)), shared=False)
+    return Cores(max(1, min(cores, _workers(subject))), shared=False)
+
+
+def _workers(subject: Subject) -> int:
+    """That decode images for one device."""
+    wanted = subject.composed.core.data.workers
+    return DEFAULT_WORKERS if wanted is None else wanted
 
 
 def _host_bytes(subject: Subject, cluster: Cluster, images: float) -> float:
     """Of a node: processes with their tables, decoding workers, decoded images once."""
     kind = "cpu" if cluster.device.shares_host else "device"
-    workers = 0 if subject.same_size else DEFAULT_WORKERS
+    workers = 0 if subject.same_size else _workers(subject)
     process = _PROCESS[kind] + workers * _WORKER + subject.images * _PER_IMAGE
     return cluster.per_node * process + images
 
