@@ -28,6 +28,7 @@ class Conv4(Backbone):
     dim = 64
     stride = 8
     stem_dim = 8
+    mean_pooled = True
 
     def __init__(self, cfg: Options, image_size: int) -> None:
         super().__init__(cfg, image_size)

@@ -29,6 +29,7 @@ class _ResNet(Backbone):
     Config = ResNetOptions
     provides = frozenset({"pooled", "map", "stem"})
     stem_dim = 64
+    mean_pooled = True
     conv1: nn.Module
     bn1: nn.Module
     relu: nn.Module

@@ -49,6 +49,7 @@ class _SmallResNet(Backbone):
     dim = 64
     stride = 4
     stem_dim = 16
+    mean_pooled = True
     blocks: ClassVar[int]
     """Residual blocks in each of the three stages."""
 

@@ -105,6 +105,7 @@ class LogisticTest(EvalProtocol):
     metrics = {"top1": "max", "top5": "max", "loss": "min"}  # noqa: RUF012
     primary = "top1"
     splits = frozenset({"test"})
+    after = ("logistic",)
 
     def run(self, job: Job) -> dict[str, float]:
         """Score the saved head on every test image exactly once."""

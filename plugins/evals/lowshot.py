@@ -198,6 +198,7 @@ class LowShotTest(EvalProtocol):
     metrics = METRICS
     primary = "mean_top1"
     splits = frozenset({"test"})
+    after = ("lowshot",)
 
     def run(self, job: Job) -> dict[str, float]:
         """Means and standard deviations over draws on ``test``."""

@@ -190,6 +190,7 @@ class SvmTest(EvalProtocol):
     metrics = {"map": "max"}  # noqa: RUF012
     primary = "map"
     splits = frozenset({"test"})
+    after = ("svm",)
     tasks = frozenset({"multilabel"})
 
     def run(self, job: Job) -> dict[str, float]:

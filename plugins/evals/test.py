@@ -32,6 +32,7 @@ class HeldOutTest(EvalProtocol):
     metrics = {"top1": "max", "top5": "max", "loss": "min", "knn_top1": "max"}  # noqa: RUF012
     primary = "top1"
     splits = frozenset({"trainval", "test"})
+    after = ("linear",)
 
     cfg: HeldOutOptions
 

@@ -135,6 +135,11 @@ class Backbone(nn.Module, ABC):
     """Input pixels per cell of the feature map."""
     stem_dim: int
     """Channels of the stem's map; only of backbones that provide ``stem``."""
+    mean_pooled: bool = False
+    """True claims that ``pooled`` is the mean of ``map`` over its places. The conformance kit checks it."""
+    input_sizes: Literal["any", "one"] = "any"
+    """``any``: images may be smaller or larger than ``image_size``, and need not be square, as multi-crop and
+    evaluations at another size want it; ``one``: only squares of ``image_size``."""
 
     def __init__(self, cfg: Options, image_size: int) -> None:
         super().__init__()

@@ -117,6 +117,9 @@ class EvalProtocol(ABC):
     nothing else but ``trainval``."""
     tasks: ClassVar[frozenset[str]] = frozenset({"classification"})
     """Kinds of labelled data sets (:attr:`DatasetInfo.task`) it can evaluate on."""
+    after: ClassVar[tuple[str, ...]] = ()
+    """Protocols whose files it loads with :meth:`Job.load_from`. They are run before it, in this order, where it is
+    tried out by the conformance kit."""
 
     def __init__(self, cfg: Options) -> None:
         self.cfg = cfg
@@ -124,6 +127,11 @@ class EvalProtocol(ABC):
     def subject(self, dataset_key: str) -> str:
         """What the result is about, in metric keys and folders: the data set, unless the options name others."""
         return dataset_key
+
+    def chance(self, classes: int) -> float | None:
+        """What ``primary`` is, in percent, where features say nothing, each of ``classes`` being as frequent as any
+        other; None: it cannot be told, or is no percentage."""
+        return 100 / classes
 
     @abstractmethod
     def run(self, job: Job) -> dict[str, float]:
