@@ -118,8 +118,7 @@ class EvalProtocol(ABC):
     tasks: ClassVar[frozenset[str]] = frozenset({"classification"})
     """Kinds of labelled data sets (:attr:`DatasetInfo.task`) it can evaluate on."""
     after: ClassVar[tuple[str, ...]] = ()
-    """Protocols whose files it loads with :meth:`Job.load_from`. They are run before it, in this order, where it is
-    tried out by the conformance kit."""
+    """Protocols whose files it loads with :meth:`Job.load_from`. The conformance kit runs them before it."""
 
     def __init__(self, cfg: Options) -> None:
         self.cfg = cfg
@@ -129,8 +128,10 @@ class EvalProtocol(ABC):
         return dataset_key
 
     def chance(self, classes: int) -> float | None:
-        """What ``primary`` is, in percent, where features say nothing, each of ``classes`` being as frequent as any
-        other; None: it cannot be told, or is no percentage."""
+        """What ``primary`` is, in percent, where features say nothing and all classes are equally frequent.
+
+        None: it cannot be told, or is no percentage. The conformance kit asks.
+        """
         return 100 / classes
 
     @abstractmethod

@@ -73,9 +73,19 @@ class Checkup:
             raise ConformanceError(f"{self.kind} '{self.name}': {found}", hint=self.broken[0].hint)
 
 
-def check_up(kind: str, name: str, subject: Subject, rules: Iterable[Rule[Subject]]) -> Checkup:
-    """Try every rule; one that is broken stops none of the others."""
-    return Checkup(kind, name, tuple(_tried(rule, subject) for rule in rules))
+def check_up(
+    kind: str, name: str, subject: Subject, rules: Iterable[Rule[Subject]], first: Rule[Subject] | None = None
+) -> Checkup:
+    """Try every rule; one that is broken stops none of the others.
+
+    Args:
+        first: a rule without which the others cannot be tried, such as that the plugin can be built.
+    """
+    opening: tuple[Verdict, ...] = (_tried(first, subject),) if first else ()
+    if any(verdict.outcome == "broken" for verdict in opening):
+        reason = f"not '{opening[0].rule}'"
+        return Checkup(kind, name, (*opening, *(Verdict(rule.name, "not tried", reason) for rule in rules)))
+    return Checkup(kind, name, (*opening, *(_tried(rule, subject) for rule in rules)))
 
 
 def _tried(rule: Rule[Subject], subject: Subject) -> Verdict:
