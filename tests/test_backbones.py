@@ -57,7 +57,7 @@ def test_shapes_and_pooling(name, size):
     backbone = build(name, image_size=size)
     images = torch.randn(2, 3, size, size)
     for training in (True, False):
-        pooled, feature_map, _stem = backbone.train(training)(images)
+        pooled, feature_map, *_ = backbone.train(training)(images)
         assert pooled.shape == (2, backbone.dim)
         side = feature_map.shape[-1]
         assert feature_map.shape == (2, backbone.dim, side, side)
@@ -69,7 +69,7 @@ def test_shapes_and_pooling(name, size):
 def test_large_images(name, side):
     backbone = build(name, image_size=224).eval()
     with torch.no_grad():
-        pooled, feature_map, _stem = backbone(torch.randn(1, 3, 224, 224))
+        pooled, feature_map, *_ = backbone(torch.randn(1, 3, 224, 224))
     assert pooled.shape == (1, backbone.dim)
     assert feature_map.shape == (1, backbone.dim, side, side)
 

@@ -95,6 +95,9 @@ class Features(NamedTuple):
     stem: Tensor | None = None
     """``[B,C,h,w]``: after the first convolution, normalisation and activation, before any pooling; given by
     backbones that provide ``stem``."""
+    tokens: Tensor | None = None
+    """``[B,P+N,D]``: P tokens of the whole image (class token, registers; perhaps none), then those of the N
+    patches, row by row; given by backbones that provide ``tokens``."""
 
 
 @dataclass(frozen=True)
@@ -119,6 +122,12 @@ class Progress:
 
 class Backbone(nn.Module, ABC):
     """A feature extractor without a head.
+
+    One that provides ``tokens`` cuts images into square patches of :attr:`stride` pixels and can look at some of
+    them: ``forward(images, visible)`` takes int64 ``[B,K]``, for each image the numbers of K different patches,
+    counted from 0 row by row, or None for all. The others take no part: :attr:`Features.tokens` is ``[B,P+K,D]``,
+    in the order of ``visible``, and :attr:`Features.map` ``[B,D,1,K]``. Without ``visible`` the cells of the map
+    are the patches, row by row.
 
     Args:
         cfg: its validated options.
@@ -234,7 +243,7 @@ class Method(nn.Module, ABC):
     defaults: ClassVar[Mapping[str, Any]] = {}
     """Core options this method wants, as a nested mapping (``{"optim": {"name": "lars"}}``)."""
     requires: ClassVar[frozenset[str]] = frozenset({"pooled"})
-    """What it needs of a backbone: ``pooled``, ``map``, ``stem``."""
+    """What it needs of a backbone: ``pooled``, ``map``, ``stem``, ``tokens``."""
     uses_labels: ClassVar[bool] = False
     trains: ClassVar[bool] = True
     """False for a method that only provides weights, such as the random control."""

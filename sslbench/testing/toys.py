@@ -1,4 +1,4 @@
-"""A tiny backbone and images for checks of methods."""
+"""Tiny backbones and images for checks of methods."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ from sslbench.data.loader import TrainLoader
 from sslbench.data.sources import ArraySource
 from sslbench.data.store import open_store
 from sslbench.data.views import ViewExecutor, expand
+from sslbench.nn.vit import VisionTransformer, ViTOptions
 from sslbench.plugin.api import Backbone, Features, Options, ViewSpec
 
 Norm = Literal["batch", "group"]
@@ -44,6 +45,22 @@ class ToyBackbone(Backbone):
 
 def _norm(kind: Norm, channels: int) -> nn.Module:
     return nn.BatchNorm2d(channels) if kind == "batch" else nn.GroupNorm(4, channels)
+
+
+class ToyTransformer(VisionTransformer):
+    """Two blocks on patches of 8 pixels: 32 pixels to a 4x4 map of 16 features."""
+
+    name = "toy-transformer"
+    dim = 16
+    heads = 2
+
+    def __init__(self) -> None:
+        super().__init__(ViTOptions(patch_size=8, depth=2), SIDE)
+
+
+def toy_backbone(requires: frozenset[str], norm: Norm) -> Backbone:
+    """One that provides what a method requires. With tokens, ``norm`` has no say: each row is normalised alone."""
+    return ToyTransformer() if "tokens" in requires else ToyBackbone(norm)
 
 
 def toy_images(count: int) -> ArraySource:

@@ -20,7 +20,7 @@ from sslbench.nn.sync_norm import SharedBatchNorm, share_statistics
 from sslbench.plugin.api import Batch, Build, Method, Progress
 from sslbench.rng import derive_seed
 from sslbench.testing.reference import PluginReference
-from sslbench.testing.toys import CLASSES, Norm, ToyBackbone, toy_loader
+from sslbench.testing.toys import CLASSES, Norm, toy_backbone, toy_loader
 
 Record = dict[str, Any]
 """By quantity (:data:`QUANTITIES`) tensors by name; and, under ``facts``, what explains differences."""
@@ -73,7 +73,7 @@ def _core_options(cls: type[Method], trial: Trial) -> CoreOptions:
 def _build(cls: type[Method], cfg: Any, loader: TrainLoader, trial: Trial) -> Method:
     torch.manual_seed(derive_seed(trial.seed, "initialisation"))
     build = Build(
-        make_backbone=lambda: ToyBackbone(trial.norm),
+        make_backbone=lambda: toy_backbone(cls.requires, trial.norm),
         global_batch=trial.batch_size,
         num_images=loader.num_images,
         steps=10 * trial.steps,
