@@ -202,6 +202,7 @@ def test_observers_are_told_and_cannot_end_a_run(cli: Cli, workdir: Path) -> Non
     (workdir / "observer.py").write_text(OBSERVER)
     options = ("-p", "observer.py", "pretrain", "--method", "simclr", *SMALL, "--limit", "2", "--no-evals")
     done = cli(*options, "run.name=seen")
-    assert "an extension failed in sslbench_metrics_logged: RuntimeError: a broken observer" in done.stderr
+    failure = "failed in sslbench_metrics_logged: RuntimeError: a broken observer (observer.py, line 14)"
+    assert done.stderr.count(failure) == 1
     lines = (run_dir(workdir, "seen") / "seen.txt").read_text().splitlines()
     assert lines == ["started simclr", "saved 2", "finished FINISHED"]

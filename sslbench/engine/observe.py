@@ -29,18 +29,19 @@ class Extensions:
     def __init__(self, catalog: Catalog, run_dir: Path, console: Console) -> None:
         self.run_dir = run_dir
         self.console = console
-        self.manager, problems = catalog.observers()
-        for problem in problems:
-            console.warn(problem)
+        self.all = catalog.extensions()
+        for extension in self.all:
+            if extension.problem and comm.rank() == 0:
+                console.warn(f"{extension.problem}; the run goes on without it")
 
     def tell(self, hook: str, **arguments: Any) -> None:
         """Call a hook of all extensions, on the first rank."""
         if comm.rank() > 0:
             return
-        try:
-            getattr(self.manager.hook, hook)(run_dir=self.run_dir, **arguments)
-        except Exception as error:  # noqa: BLE001 - a foreign observer may fail in any way
-            self.console.warn(f"an extension failed in {hook}: {type(error).__name__}: {error}")
+        for extension in self.all:
+            failure = extension.tell(hook, run_dir=self.run_dir, **arguments)
+            if failure:
+                self.console.warn(f"{failure}; the run goes on, further failures of it are not shown")
 
 
 class RunObserver:

@@ -7,34 +7,35 @@ hooks, and asked for its classes. Listing imports nothing.
 
 from __future__ import annotations
 
-import ast
-import importlib
-import importlib.util
-import sys
+import inspect
+import os
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
-from functools import cache, cached_property
+from functools import cached_property
 from pathlib import Path
-from types import ModuleType
-from typing import TYPE_CHECKING, Any, Literal, cast
+from typing import TYPE_CHECKING, Any, cast
 
-from sslbench import API_VERSION
 from sslbench.errors import PluginError, did_you_mean
+from sslbench.plugin.entry import (
+    EXTENSIONS,
+    KINDS,
+    OWN,
+    REGISTRIES,
+    Entry,
+    Kind,
+    Registered,
+    entry_points,
+    registered,
+)
+from sslbench.plugin.loading import import_file, import_registered, offered
 
 if TYPE_CHECKING:
-    from importlib.machinery import ModuleSpec
-    from importlib.metadata import Distribution, EntryPoint
+    from sslbench.plugin.extensions import Extension
 
-    import pluggy
+__all__ = ["KINDS", "ONLY", "Catalog", "Entry", "Kind"]
 
-Kind = Literal["method", "dataset", "backbone", "eval"]
-KINDS: dict[Kind, str] = {
-    "method": "sslbench.methods",
-    "dataset": "sslbench.datasets",
-    "backbone": "sslbench.backbones",
-    "eval": "sslbench.evals",
-}
-EXTENSIONS = "sslbench.extensions"
+ONLY = "SSLBENCH_PLUGINS"
+"""Environment variable: packages or plugins, separated by commas, that may be loaded beside the built-in ones."""
 _BASES: dict[Kind, str] = {
     "method": "Method",
     "dataset": "Dataset",
@@ -43,39 +44,9 @@ _BASES: dict[Kind, str] = {
 }
 
 
-@dataclass(frozen=True)
-class Entry:
-    """A plugin the catalogue knows of, without having imported it."""
-
-    kind: Kind
-    name: str
-    module: str
-    """Dotted module name, or the path of a local file."""
-    distribution: str
-    version: str
-    path: Path | None
-    """Source file, if it can be told without importing."""
-
-    @property
-    def address(self) -> str:
-        """The unambiguous name, ``distribution:name``."""
-        return f"{self.distribution}:{self.name}"
-
-    @property
-    def summary(self) -> str:
-        """First line of the module's docstring, read without importing it."""
-        return _docstring_summary(self.path) if self.path else ""
-
-    def identity(self) -> dict[str, str]:
-        """Name, distribution, version and source hash, as every run records them."""
-        digest = _sha256(self.path.read_bytes()) if self.path else "unknown"
-        return {
-            "name": self.name,
-            "distribution": self.distribution,
-            "version": self.version,
-            "module": self.module,
-            "sha256": digest,
-        }
+def _allowed() -> frozenset[str] | None:
+    words = os.environ.get(ONLY)
+    return None if words is None else frozenset(word.strip() for word in words.split(",") if word.strip())
 
 
 @dataclass
@@ -85,17 +56,18 @@ class Catalog:
     Args:
         local: plugin files named with ``-p FILE``.
         blocked: names (plugins or distributions) named with ``-p no:NAME``.
+        allowed: names (plugins or distributions) beside the built-in ones and ``local``; None: all of them. By
+            default what ``SSLBENCH_PLUGINS`` says.
     """
 
     local: Sequence[Path] = ()
     blocked: frozenset[str] = frozenset()
+    allowed: frozenset[str] | None = field(default_factory=_allowed)
     _classes: dict[Entry, type] = field(default_factory=dict, repr=False)
 
     @cached_property
     def _points(self) -> Any:
-        """All entry points, read once: it opens a file of every installed distribution."""
-        from importlib.metadata import entry_points
-
+        """All entry points, read once."""
         return entry_points()
 
     @classmethod
@@ -111,10 +83,8 @@ class Catalog:
         return cls(tuple(local), frozenset(blocked))
 
     def entries(self, kind: Kind) -> list[Entry]:
-        """Every plugin of a kind that is not blocked, by name."""
-        found = [_entry_of(kind, ep) for ep in self._points.select(group=KINDS[kind])]
-        found += [entry for path in self.local for entry in self._local_entries(kind, path)]
-        return sorted((e for e in found if not self._is_blocked(e)), key=lambda e: (e.name, e.distribution))
+        """Every plugin of a kind that may be loaded, by name."""
+        return [entry for entry in self._known(kind) if self._may_load(entry)]
 
     def names(self, kind: Kind) -> list[str]:
         return sorted({entry.name for entry in self.entries(kind)})
@@ -125,12 +95,11 @@ class Catalog:
         Raises:
             PluginError: nothing or more than one plugin has this name.
         """
-        entries = self.entries(kind)
-        wanted = [e for e in entries if name in (e.name, e.address)]
+        wanted = [e for e in self.entries(kind) if name in (e.name, e.address)]
         if not wanted:
-            raise self._unknown(kind, name, entries)
+            raise self._unknown(kind, name)
         if len(wanted) > 1:
-            owners = " and ".join(f"{e.distribution} {e.version} ({e.module})" for e in wanted)
+            owners = " and ".join(f"{e.owner} ({e.module})" for e in wanted)
             choices = " or ".join(e.address for e in wanted)
             raise PluginError(f"two plugins claim the {kind} '{name}': {owners}", hint=f"name one: {choices}")
         return wanted[0]
@@ -143,101 +112,65 @@ class Catalog:
         """
         entry = self.find(kind, name)
         if entry not in self._classes:
-            module = _import_entry(entry)
-            self._classes[entry] = _class_of(entry, _offered(module, kind, entry))
+            self._classes[entry] = _class_of(entry, _offered(entry))
         return self._classes[entry]
 
-    def observers(self) -> tuple[pluggy.PluginManager, list[str]]:
-        """A manager with every extension registered, and a message for each that failed to load."""
-        manager = _new_manager()
-        problems = []
-        for ep in self._points.select(group=EXTENSIONS):
-            if ep.name in self.blocked:
-                continue
-            try:
-                manager.register(importlib.import_module(ep.value), name=ep.name)
-                manager.check_pending()
-            except Exception as error:  # noqa: BLE001 - a foreign extension may fail in any way
-                problems.append(f"extension '{ep.name}' is ignored: {_cause(error)}")
-        for path in self.local:
-            manager.register(_import_file(path), name=str(path))
-        return manager, problems
+    def extensions(self) -> list[Extension]:
+        """Every observer, imported; those that cannot be used say why."""
+        from sslbench.plugin.extensions import local_extension, open_extension
 
-    def _is_blocked(self, entry: Entry) -> bool:
-        return not self.blocked.isdisjoint({entry.name, entry.distribution, entry.address})
+        local = [extension for path in self.local if (extension := local_extension(path))]
+        return [open_extension(entry) for entry in self.observers()] + local
 
-    def _local_entries(self, kind: Kind, path: Path) -> list[Entry]:
-        module = _import_file(path)
-        return [
-            Entry(kind, cls.name, str(path), path.stem, "local", path)
-            for cls in _call_hook(module, kind, f"plugin file {path}")
-        ]
+    def observers(self) -> list[Registered]:
+        """The extensions of installed packages that may be loaded."""
+        return self._of_group(EXTENSIONS)
 
-    def _unknown(self, kind: Kind, name: str, entries: list[Entry]) -> PluginError:
-        if name in self.blocked:
-            return PluginError(f"the {kind} '{name}' is blocked by -p no:{name}", hint=f"drop -p no:{name}")
-        guess = did_you_mean(name, [e.name for e in entries])
+    def registries(self) -> list[Registered]:
+        """The recipes and published results of installed packages."""
+        return self._of_group(REGISTRIES)
+
+    def everything(self) -> list[Registered]:
+        """All that is installed, whether it may be loaded or not."""
+        others = [registered(p) for group in (EXTENSIONS, REGISTRIES) for p in self._points.select(group=group)]
+        return [*(entry for kind in KINDS for entry in self._known(kind)), *others]
+
+    def _of_group(self, group: str) -> list[Registered]:
+        found = [registered(point) for point in self._points.select(group=group)]
+        return sorted((e for e in found if self._may_load(e)), key=lambda e: (e.distribution, e.name))
+
+    def _known(self, kind: Kind) -> list[Entry]:
+        found = [Entry.of_point(kind, point) for point in self._points.select(group=KINDS[kind])]
+        found += [entry for path in self.local for entry in _local_entries(kind, path)]
+        return sorted(found, key=lambda e: (e.name, e.distribution))
+
+    def _may_load(self, entry: Registered) -> bool:
+        return not entry.is_among(self.blocked) and not self._is_left_out(entry)
+
+    def _is_left_out(self, entry: Registered) -> bool:
+        if self.allowed is None or entry.is_local or entry.distribution == OWN:
+            return False
+        return not entry.is_among(self.allowed)
+
+    def _unknown(self, kind: Kind, name: str) -> PluginError:
+        hidden = [e for e in self._known(kind) if name in (e.name, e.address)]
+        for word in sorted(self.blocked):
+            if any(entry.is_among([word]) for entry in hidden):
+                return PluginError(f"the {kind} '{name}' is blocked by -p no:{word}", hint=f"drop -p no:{word}")
+        if hidden:
+            return PluginError(
+                f"the {kind} '{name}' of {hidden[0].owner} is left out: {ONLY}={os.environ.get(ONLY, '')}",
+                hint=f"unset {ONLY}, or add {hidden[0].distribution} to it",
+            )
+        guess = did_you_mean(name, self.names(kind))
         return PluginError(
             f"no {kind} is named '{name}'{guess}", hint=f"sslbench list {kind}s   shows all of them"
         )
 
 
-def _entry_of(kind: Kind, ep: EntryPoint) -> Entry:
-    name, version = _named(ep.dist) if ep.dist else ("unknown", "unknown")
-    return Entry(kind, ep.name, ep.value, name, version, _source_of(ep.value))
-
-
-@cache
-def _named(distribution: Distribution) -> tuple[str, str]:
-    """Name and version, from the first lines: importlib parses the whole file, README included, as an email."""
-    text = distribution.read_text("METADATA") or distribution.read_text("PKG-INFO") or ""
-    fields = dict(line.split(": ", 1) for line in text.partition("\n\n")[0].splitlines() if ": " in line)
-    return fields.get("Name", "unknown"), fields.get("Version", "unknown")
-
-
-@cache
-def _source_of(module: str) -> Path | None:
-    """Where a module's source lies, importing nothing (``find_spec`` of a top-level name executes no code)."""
-    top, *rest = module.split(":")[0].split(".")
-    spec = _found(top)
-    if spec is None:
-        return None
-    if not rest:
-        return Path(spec.origin) if spec.origin else None
-    for folder in spec.submodule_search_locations or ():
-        stem = Path(folder, *rest)
-        for candidate in (stem.with_suffix(".py"), stem / "__init__.py"):
-            if candidate.is_file():
-                return candidate
-    return None
-
-
-@cache
-def _found(top: str) -> ModuleSpec | None:
-    try:
-        return importlib.util.find_spec(top)
-    except (ImportError, ValueError):
-        return None
-
-
-def _sha256(content: bytes) -> str:
-    import hashlib
-
-    return hashlib.sha256(content).hexdigest()
-
-
-def _docstring_summary(path: Path) -> str:
-    try:
-        doc = ast.get_docstring(ast.parse(_opening(path.read_text(encoding="utf-8"))))
-    except (OSError, SyntaxError, ValueError):
-        return "(its source cannot be read)"
-    return doc.strip().splitlines()[0] if doc else ""
-
-
-def _opening(source: str) -> str:
-    """The source up to the end of its docstring: listing need not parse whole modules."""
-    parts = source.split('"""', 2)
-    return f'"""{parts[1]}"""' if len(parts) == 3 and not parts[0].strip() else source
+def _local_entries(kind: Kind, path: Path) -> list[Entry]:
+    classes = offered(import_file(path), f"sslbench_{kind}s", str(path), f"plugin file {path}")
+    return [Entry(cls.name, str(path), path.stem, "local", path, kind) for cls in classes]
 
 
 def _existing_file(value: str) -> Path:
@@ -249,92 +182,16 @@ def _existing_file(value: str) -> Path:
     return path.resolve()
 
 
-@cache
-def _import_file(path: Path) -> ModuleType:
-    name = f"sslbench_local_{path.stem}_{_sha256(str(path).encode())[:8]}"
-    spec = importlib.util.spec_from_file_location(name, path)
-    if spec is None or spec.loader is None:
-        raise PluginError(f"plugin file {path} is not a Python file", hint="name it something.py")
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[name] = module
-    try:
-        spec.loader.exec_module(module)
-    except Exception as error:
-        del sys.modules[name]
-        raise PluginError(f"plugin file {path} cannot be imported: {_cause(error)}") from error
-    return module
-
-
-def _import_entry(entry: Entry) -> ModuleType:
-    if entry.version == "local":
-        return _import_file(Path(entry.module))
-    try:
-        return importlib.import_module(entry.module)
-    except Exception as error:
-        raise PluginError(
-            f"{entry.kind} '{entry.name}' of {entry.distribution} {entry.version} cannot be imported "
-            f"({entry.module}): {_cause(error)}",
-            hint=f"other plugins still work; report it to the authors of {entry.distribution}",
-        ) from error
-
-
-def _cause(error: BaseException) -> str:
-    """The error and the line it was raised at, without the machinery's frames."""
-    where = ""
-    frame = error.__traceback__
-    while frame is not None and frame.tb_next is not None:
-        frame = frame.tb_next
-    if frame is not None:
-        where = f" ({Path(frame.tb_frame.f_code.co_filename).name}, line {frame.tb_lineno})"
-    return f"{type(error).__name__}: {error}{where}"
-
-
-def _new_manager() -> pluggy.PluginManager:
-    import pluggy  # a listing needs no hooks
-
-    from sslbench.plugin import hooks
-
-    manager = pluggy.PluginManager(hooks.PROJECT)
-    manager.add_hookspecs(hooks)
-    return manager
-
-
-def _call_hook(module: ModuleType, kind: Kind, owner: str) -> list[Any]:
-    """Register the module alone, refuse misspelt hooks, and return the classes of its hook for ``kind``."""
-    from pluggy import PluginValidationError
-
-    from sslbench.plugin import hooks
-
-    manager = _new_manager()
-    try:
-        manager.register(module)
-        manager.check_pending()
-    except PluginValidationError as error:
-        known = ", ".join(sorted(name for name in dir(hooks) if name.startswith("sslbench_")))
-        raise PluginError(f"{owner} does not fit the hooks: {error}", hint=f"known hooks: {known}") from error
-    results = getattr(manager.hook, f"sslbench_{kind}s")()
-    return [cls for result in results for cls in result]
-
-
-def _offered(module: ModuleType, kind: Kind, entry: Entry) -> list[Any]:
-    _check_api_version(module, entry)
-    classes = _call_hook(module, kind, f"{entry.kind} '{entry.name}' of {entry.distribution}")
+def _offered(entry: Entry) -> list[Any]:
+    what = f"{entry.kind} '{entry.name}'"
+    module = import_registered(entry, what)
+    classes = offered(module, f"sslbench_{entry.kind}s", entry.address, f"{what} of {entry.distribution}")
     if not classes:
         raise PluginError(
-            f"{entry.module} has no hook that offers {kind}s",
-            hint=f"add @hookimpl def sslbench_{kind}s(): return [YourClass]",
+            f"{entry.module} has no hook that offers {entry.kind}s",
+            hint=f"add @hookimpl def sslbench_{entry.kind}s(): return [YourClass]",
         )
     return classes
-
-
-def _check_api_version(module: ModuleType, entry: Entry) -> None:
-    wanted = str(getattr(module, "API_VERSION", API_VERSION))
-    if wanted.split(".")[0] != API_VERSION.split(".")[0]:
-        raise PluginError(
-            f"{entry.kind} '{entry.name}' of {entry.distribution} was written for plugin API {wanted}; "
-            f"this sslbench has {API_VERSION}",
-            hint=f"pip install --upgrade {entry.distribution}",
-        )
 
 
 def _class_of(entry: Entry, classes: list[Any]) -> type:
@@ -343,14 +200,20 @@ def _class_of(entry: Entry, classes: list[Any]) -> type:
     base = getattr(api, _BASES[entry.kind])
     matching = [cls for cls in classes if getattr(cls, "name", None) == entry.name]
     if not matching:
-        offered = ", ".join(repr(getattr(cls, "name", cls)) for cls in classes)
+        names = ", ".join(repr(getattr(cls, "name", cls)) for cls in classes)
         raise PluginError(
-            f"{entry.module} is registered as {entry.kind} '{entry.name}' but offers {offered}",
+            f"{entry.module} is registered as {entry.kind} '{entry.name}' but offers {names}",
             hint=f'set name = "{entry.name}" on the class or mend the entry point',
         )
     cls = cast("type[Any]", matching[0])
     if not (isinstance(cls, type) and issubclass(cls, base)):
         raise PluginError(f"{entry.module}: {cls!r} must be a subclass of sslbench.plugin.api.{base.__name__}")
+    if inspect.isabstract(cls):
+        missing = ", ".join(sorted(cls.__abstractmethods__))
+        raise PluginError(
+            f"{entry.kind} '{entry.name}' of {entry.owner}: {cls.__name__} does not define {missing}",
+            hint=f"what it must return is in the docstring of sslbench.plugin.api.{base.__name__}",
+        )
     if not issubclass(cls.Config, api.Options):
         raise PluginError(f"{entry.module}: {cls.__name__}.Config must be a subclass of Options")
     return cls

@@ -115,8 +115,10 @@ def _loads(catalog: Catalog, entry: Entry) -> Check:
 
 
 def _extensions(catalog: Catalog) -> list[Check]:
-    manager, problems = catalog.observers()
-    checks = [Check("extension", False, problem) for problem in problems]
-    for rows in manager.hook.sslbench_health_checks():
-        checks += [Check(name, passed, "" if passed else "failed", advice) for name, passed, advice in rows]
+    checks = []
+    for extension in catalog.extensions():
+        if extension.problem:
+            checks.append(Check("extension", False, extension.problem))
+        for rows in extension.call("sslbench_health_checks"):
+            checks += [Check(name, passed, "" if passed else "failed", advice) for name, passed, advice in rows]
     return checks

@@ -1,0 +1,123 @@
+"""Importing the code of a plugin in isolation, and asking its hooks."""
+
+from __future__ import annotations
+
+import hashlib
+import importlib
+import importlib.util
+import sys
+from functools import cache
+from pathlib import Path
+from types import ModuleType
+from typing import TYPE_CHECKING, Any
+
+from sslbench import API_VERSION
+from sslbench.errors import MissingExtraError, PluginError
+from sslbench.plugin.entry import Registered
+
+if TYPE_CHECKING:
+    import pluggy
+
+#: ``sys.exit`` at import must not end the command either.
+FAILURES = (Exception, SystemExit)
+
+
+@cache
+def import_file(path: Path) -> ModuleType:
+    """The module of a plugin file.
+
+    Raises:
+        PluginError: with the line that failed.
+    """
+    digest = hashlib.sha256(str(path).encode()).hexdigest()[:8]
+    name = f"sslbench_local_{path.stem}_{digest}"
+    spec = importlib.util.spec_from_file_location(name, path)
+    if spec is None or spec.loader is None:
+        raise PluginError(f"plugin file {path} is not a Python file", hint="name it something.py")
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[name] = module
+    try:
+        spec.loader.exec_module(module)
+    except FAILURES as error:
+        del sys.modules[name]
+        raise PluginError(f"plugin file {path} cannot be imported: {cause(error)}") from error
+    return module
+
+
+def import_registered(entry: Registered, what: str) -> ModuleType:
+    """The module of a plugin or an extension.
+
+    Args:
+        what: names it in messages, such as ``method 'simclr'``.
+
+    Raises:
+        PluginError: it cannot be imported, or was written for another major version of the API.
+    """
+    module = import_file(Path(entry.module)) if entry.is_local else _import_installed(entry, what)
+    _check_api_version(module, entry, what)
+    return module
+
+
+def _import_installed(entry: Registered, what: str) -> ModuleType:
+    try:
+        return importlib.import_module(entry.module)
+    except MissingExtraError:
+        raise
+    except FAILURES as error:
+        raise PluginError(
+            f"{what} of {entry.owner} cannot be imported ({entry.module}): {cause(error)}",
+            hint=f"other plugins still work; report it to the authors of {entry.distribution}",
+        ) from error
+
+
+def _check_api_version(module: ModuleType, entry: Registered, what: str) -> None:
+    wanted = str(getattr(module, "API_VERSION", API_VERSION))
+    if wanted.split(".")[0] != API_VERSION.split(".")[0]:
+        raise PluginError(
+            f"{what} of {entry.distribution} was written for plugin API {wanted}; this sslbench has {API_VERSION}",
+            hint=f"pip install --upgrade {entry.distribution}",
+        )
+
+
+def cause(error: BaseException) -> str:
+    """The error and the line it was raised at, without the machinery's frames."""
+    where = ""
+    frame = error.__traceback__
+    while frame is not None and frame.tb_next is not None:
+        frame = frame.tb_next
+    if frame is not None:
+        where = f" ({Path(frame.tb_frame.f_code.co_filename).name}, line {frame.tb_lineno})"
+    return f"{type(error).__name__}: {error}{where}"
+
+
+def manager_of(module: ModuleType, name: str, owner: str) -> pluggy.PluginManager:
+    """A manager that knows this module alone, so that a failing hook is nobody else's.
+
+    Args:
+        name: of the plugin, in traces.
+        owner: whom to name in messages.
+
+    Raises:
+        PluginError: the module has a hook that does not exist.
+    """
+    import pluggy  # a listing needs no hooks
+
+    from sslbench.plugin import hooks
+    from sslbench.plugin.trace import trace
+
+    manager = pluggy.PluginManager(hooks.PROJECT)
+    manager.add_hookspecs(hooks)
+    trace(manager)
+    try:
+        manager.register(module, name=name)
+        manager.check_pending()
+    except pluggy.PluginValidationError as error:
+        known = ", ".join(sorted(hook for hook in dir(hooks) if hook.startswith("sslbench_")))
+        raise PluginError(f"{owner} does not fit the hooks: {error}", hint=f"known hooks: {known}") from error
+    return manager
+
+
+def offered(module: ModuleType, hook: str, name: str, owner: str) -> list[Any]:
+    """The classes that a module's hook returns."""
+    results = getattr(manager_of(module, name, owner).hook, hook)()
+    return [cls for result in results for cls in result]

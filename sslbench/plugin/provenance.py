@@ -1,0 +1,190 @@
+"""Where the code of a plugin comes from: digests of its files and the state of their repository."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import subprocess
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+
+from sslbench.plugin.entry import Registered, found
+
+_CACHES = frozenset({"__pycache__", ".git", ".mypy_cache", ".ruff_cache", ".pytest_cache"})
+_LARGE = 8 << 20
+"""A file of more bytes, such as embedded weights, counts by its name and size: a run must not wait for it."""
+_GIT_SECONDS = 10.0
+_INSTALLED = frozenset({"site-packages", "dist-packages"})
+
+
+@dataclass(frozen=True)
+class Sources:
+    """The files that belong to a plugin's package."""
+
+    names: tuple[str, ...]
+    """Packages and modules they lie in."""
+    files: tuple[tuple[str, Path], ...]
+    """Name from the package on, and place, in a fixed order."""
+
+    @property
+    def covers(self) -> str:
+        """In words: which packages, how many files."""
+        return f"{', '.join(self.names)}: {len(self.files)} file{'s' if len(self.files) != 1 else ''}"
+
+    def digest(self) -> str:
+        """Hex SHA-256 of all names and contents."""
+        total = hashlib.sha256()
+        for name, path in self.files:
+            total.update(f"{name}\0{_content(path)}\n".encode())
+        return total.hexdigest()
+
+
+@cache
+def identity(entry: Registered) -> dict[str, str]:
+    """What a run records of a plugin.
+
+    ``sha256`` is that of the plugin's own file, ``package_sha256`` that of every file of its package (``covers``
+    says which). ``git_commit`` and ``git_modified`` describe the repository of a source that is not a copy: an
+    editable installation or a local file. They are taken once per process: what was imported does not change.
+    """
+    sources = sources_of(entry)
+    return {
+        "name": entry.name,
+        "distribution": entry.distribution,
+        "version": entry.version,
+        "module": entry.module,
+        "sha256": _file_digest(entry.path) if entry.path and entry.path.is_file() else "unknown",
+        "package_sha256": _package_digest(sources),
+        "covers": sources.covers,
+        **(_git_state(sources) or {}),
+    }
+
+
+def short(identity: dict[str, str]) -> str:
+    """An identity on one line, for tags and tables."""
+    words = [f"{identity['name']} of {identity['distribution']} {identity['version']}"]
+    words.append(f"sha256 {identity['sha256'][:12]}, package {identity['package_sha256'][:12]}")
+    if "git_commit" in identity:
+        changed = " with changes" if identity["git_modified"] == "true" else ""
+        words.append(f"git {identity['git_commit'][:12]}{changed}")
+    return ", ".join(words)
+
+
+def sources_of(entry: Registered) -> Sources:
+    """The files of the distribution that a plugin belongs to; of a local file, itself."""
+    if entry.path is None:
+        return Sources((), ())
+    if entry.is_local:
+        return Sources((entry.path.name,), ((entry.path.name, entry.path),))
+    return _of_distribution(entry.distribution, entry.module.partition(".")[0], entry.path.resolve())
+
+
+@cache
+def _of_distribution(distribution: str, top: str, path: Path) -> Sources:
+    """Those that it has installed; of an editable installation, those of the packages it names."""
+    recorded = _recorded(distribution)
+    if path in recorded.values():
+        names = sorted({name.partition("/")[0].removesuffix(".py") for name in recorded})
+        return Sources(tuple(names), tuple(sorted(recorded.items())))
+    names = sorted({top, *_top_levels(distribution)})
+    files = {name: place for top in names for name, place in _below(top)}
+    return Sources(tuple(names), tuple(sorted(files.items())))
+
+
+def _recorded(distribution: str) -> dict[str, Path]:
+    """Name -> place of the installed files, without metadata, scripts and caches."""
+    from importlib.metadata import PackageNotFoundError, files
+
+    try:
+        listed = files(distribution) or []
+    except PackageNotFoundError:
+        listed = []
+    parts = [file for file in listed if not (file.parts[0].endswith(".dist-info") or ".." in file.parts)]
+    return {str(f): Path(str(f.locate())).resolve() for f in parts if _counts(f.parts) and len(f.parts) > 0}
+
+
+def _top_levels(distribution: str) -> list[str]:
+    from importlib.metadata import PackageNotFoundError
+    from importlib.metadata import distribution as installed
+
+    try:
+        text = installed(distribution).read_text("top_level.txt") or ""
+    except PackageNotFoundError:
+        text = ""
+    return text.split()
+
+
+def _below(top: str) -> Iterable[tuple[str, Path]]:
+    """The files of a top-level package or module."""
+    spec = found(top)
+    if spec is None:
+        return
+    folders = spec.submodule_search_locations or ()
+    if not folders and spec.origin:
+        yield Path(spec.origin).name, Path(spec.origin)
+    for folder in folders:
+        for parent, inside, names in os.walk(folder):
+            inside[:] = [name for name in inside if name not in _CACHES]
+            paths = [Path(parent, name) for name in names]
+            yield from ((f"{top}/{p.relative_to(folder).as_posix()}", p) for p in paths if _counts((p.name,)))
+
+
+def _counts(parts: Sequence[str]) -> bool:
+    return not (_CACHES & set(parts) or parts[-1].endswith((".pyc", ".pth")))
+
+
+@cache
+def _package_digest(sources: Sources) -> str:
+    return sources.digest() if sources.files else "unknown"
+
+
+def _content(path: Path) -> str:
+    try:
+        size = path.stat().st_size
+        return f"{size} bytes" if size > _LARGE else _file_digest(path)
+    except OSError:
+        return "unreadable"
+
+
+def _file_digest(path: Path) -> str:
+    return hashlib.sha256(path.read_bytes()).hexdigest()
+
+
+@cache
+def _git_state(sources: Sources) -> dict[str, str] | None:
+    """Commit, and whether a file of the package differs from it; None for an installed copy or no repository."""
+    if not sources.files or _INSTALLED & set(sources.files[0][1].parts):
+        return None
+    roots = sorted({str(_root_of(name, path)) for name, path in sources.files})
+    # What the repository's own settings would run, and the lock that a look must not take, stay out.
+    command = ["git", "-c", "core.fsmonitor=false", "--no-optional-locks", "status", "--porcelain=v2", "--branch"]
+    command += ["--untracked-files=all", "--ignored=traditional", "--", *roots]
+    folder = sources.files[0][1].parent
+    try:
+        done = subprocess.run(
+            command, cwd=folder, capture_output=True, text=True, timeout=_GIT_SECONDS, check=True
+        )
+    except (OSError, subprocess.SubprocessError):
+        return None
+    return _read_status(done.stdout.splitlines())
+
+
+def _root_of(name: str, path: Path) -> Path:
+    """The folder of the package, or the single file."""
+    depth = name.count("/")
+    return path.parents[depth - 1] if depth else path
+
+
+def _read_status(lines: Sequence[str]) -> dict[str, str] | None:
+    commit = next((line.split()[2] for line in lines if line.startswith("# branch.oid")), "(initial)")
+    if commit == "(initial)":
+        return None
+    changes = [line for line in lines if not line.startswith("#")]
+    # A source that git was told to ignore is in no commit; caches always are.
+    differing = [line for line in changes if not (line[0] == "!" and any(part in line for part in _IGNORABLE))]
+    return {"git_commit": commit, "git_modified": str(bool(differing)).lower()}
+
+
+_IGNORABLE = ("__pycache__", ".pyc", ".egg-info", "_cache/")
