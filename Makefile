@@ -55,8 +55,10 @@ lint: $(VENV)/.installed-dev
 	$(BIN)/ruff format --check sslbench plugins tests benchmarks
 	$(BIN)/mypy
 
-docs: $(VENV)/.installed
+# The generated pages, and the site in site/; a warning is an error. Read it: python -m http.server -d site
+docs: $(VENV)/.installed-dev
 	$(BIN)/python -m sslbench.report.reference docs/reference
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict
 
 # Measures for about an hour; wants a machine that nothing else uses. PEER: a Python that can import lightly.
 PEER ?= $(BIN)/python
@@ -77,4 +79,4 @@ bench-quick: $(VENV)/.installed
 	for name in peers phases scaling start; do $(BIN)/python benchmarks/$$name.py --quick || exit 1; done
 
 clean:
-	rm -rf $(DEMO) build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache
+	rm -rf $(DEMO) build dist site *.egg-info .mypy_cache .ruff_cache .pytest_cache

@@ -26,6 +26,22 @@ from torch import Tensor, nn
 
 from sslbench.errors import ExitCode, LaunchError, PreemptedError
 
+#: What plugins may use; all else is for the core.
+__all__ = [
+    "all_max",
+    "all_sum",
+    "barrier",
+    "broadcast",
+    "broadcast_object",
+    "gather",
+    "global_mean",
+    "on_first_rank",
+    "patiently",
+    "rank",
+    "row_offset",
+    "world",
+]
+
 Collective = Literal["all_reduce", "all_gather", "broadcast"]
 
 

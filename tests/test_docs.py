@@ -142,7 +142,7 @@ def test_quoted_options_exist(key: str) -> None:
 
 
 def test_links_lead_somewhere() -> None:
-    for page in [*PAGES, *(ROOT / "docs" / "reference").glob("*.md")]:
+    for page in [*PAGES, *(ROOT / "docs" / "reference").rglob("*.md")]:
         for target in re.findall(r"\]\(([^)\s]+)\)", page.read_text(encoding="utf-8")):
             path, _, anchor = target.partition("#")
             if path.startswith("http"):
