@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from typing import Any
 
 from pydantic import Field, model_validator
@@ -15,7 +16,7 @@ class Target(Options):
     """A data set to transfer to. Its name alone is enough where it needs no options."""
 
     name: str
-    """Name of a data set plugin."""
+    """A data set plugin, `NAME` or `NAME:VALUE`."""
     options: dict[str, Any] = {}  # noqa: RUF012
     """Options of the data set, such as `root`."""
 
@@ -23,6 +24,11 @@ class Target(Options):
     @classmethod
     def _from_name(cls, value: Any) -> Any:
         return {"name": value} if isinstance(value, str) else value
+
+    @property
+    def label(self) -> str:
+        """Its name in reports; of a path behind the name, the last part."""
+        return re.sub(r":.*/", ":", self.name.rstrip("/"))
 
 
 class TransferConfig(Options):
@@ -61,7 +67,7 @@ class Transfer(EvalProtocol):
 
     def subject(self, dataset_key: str) -> str:
         """The data sets transferred to."""
-        return "+".join(target.name for target in self.cfg.datasets)
+        return "+".join(target.label for target in self.cfg.datasets)
 
     def run(self, job: Job) -> dict[str, float]:
         """Return the mean over data sets of the last protocol's top-1 (``transfer.json`` has the rest).
@@ -99,7 +105,7 @@ class Transfer(EvalProtocol):
 
 def _key(target: Target, taken: set[str]) -> str:
     """The data set's name, numbered if it occurs again with other options."""
-    names = [target.name, *(f"{target.name}#{number}" for number in range(2, len(taken) + 2))]
+    names = [target.label, *(f"{target.label}#{number}" for number in range(2, len(taken) + 2))]
     return next(name for name in names if name not in taken)
 
 

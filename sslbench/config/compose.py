@@ -46,6 +46,16 @@ class Selection:
     cls: type[Any]
     cfg: Options
 
+    @property
+    def label(self) -> str:
+        """What tables call it: its name, with the value of its selector (``timm:resnet18``)."""
+        return labelled(self.cls, self.name, self.cfg)
+
+
+def labelled(cls: type[Any], name: str, cfg: Options) -> str:
+    """A plugin's name as a user writes it, ``NAME`` or ``NAME:VALUE``."""
+    return f"{name}:{getattr(cfg, cls.selector)}" if cls.selector else name
+
 
 @dataclass(frozen=True)
 class Composed:
@@ -102,15 +112,16 @@ def compose(catalog: Catalog, registry: Registry, *, recipe: str | None, layers:
     if recipe is not None:
         given += [Layer(f"recipe {name}", part.config) for name, part in registry.recipe_chain(recipe)]
     given += layers
-    names = {section: _chosen_name(given, section) for section in PLUGIN_SECTIONS}
-    classes = {section: catalog.load(section, name) for section, name in names.items()}
+    names = {kind: catalog.split(kind, _chosen_name(given, kind))[0] for kind in PLUGIN_SECTIONS}
+    classes = {kind: catalog.load(kind, name) for kind, name in names.items()}
+    given = [spelled_out(layer, names, catalog) for layer in given]
     base = [
         Layer(DEFAULT, _default_tree(names, classes)),
         Layer(f"method {names['method']}", dict(classes["method"].defaults)),
     ]
     tree: Tree = {}
     origins: dict[str, str] = {}
-    for layer in [*base, *_without_other_plugins(given, names)]:
+    for layer in [*base, *_without_other_plugins(given, classes)]:
         merge(tree, layer.values, layer.origin, origins)
     return _Validator(catalog, classes, tree, origins, recipe).run()
 
@@ -247,21 +258,57 @@ def _digest(values: Mapping[str, Any]) -> str:
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
-def _without_other_plugins(layers: Sequence[Layer], names: Mapping[Kind, str]) -> list[Layer]:
+def spelled_out(layer: Layer, names: Mapping[Kind, str], catalog: Catalog) -> Layer:
+    """``name: timm:resnet18`` as ``name: timm`` and the option which that sets.
+
+    Raises:
+        ConfigError: the layer also sets this option to something else.
+    """
+    values = dict(layer.values)
+    for kind, final in names.items():
+        section = values.get(kind)
+        if not (isinstance(section, dict) and section.get("name")):
+            continue
+        name, value = catalog.split(kind, str(section["name"]))
+        # A plugin that a higher layer replaced is not even imported.
+        options = catalog.options_of(kind, name, value) if name == final else {}
+        for key, chosen in options.items():
+            if section.get(key, chosen) != chosen:
+                raise ConfigError(
+                    f"{kind}.name={section['name']} and {kind}.{key}={section[key]} contradict each other"
+                    f"   [{layer.origin}]",
+                    hint=f"{kind}.name={name} {kind}.{key}={section[key]}",
+                )
+        values[kind] = {**section, "name": name, **options}
+    return Layer(layer.origin, values)
+
+
+def _without_other_plugins(layers: Sequence[Layer], classes: Mapping[Kind, type[Any]]) -> list[Layer]:
     """Drop options that a layer meant for a plugin which a higher layer replaced by another."""
-    current: dict[Kind, str] = {}
-    kept = []
-    for layer in layers:
-        values = dict(layer.values)
-        for kind, final in names.items():
-            section = values.get(kind)
-            if not isinstance(section, dict):
-                continue
-            current[kind] = str(section.get("name", current.get(kind, final)))
-            if current[kind] != final:
-                del values[kind]
-        kept.append(Layer(layer.origin, values))
+    kept = [Layer(layer.origin, dict(layer.values)) for layer in layers]
+    for kind, cls in classes.items():
+        meant = _meant([layer.values.get(kind) for layer in layers], cls.selector)
+        for layer, plugin in zip(kept, meant, strict=True):
+            if plugin not in (None, meant[-1]):
+                layer.values.pop(kind, None)
     return kept
+
+
+def _meant(sections: Sequence[Any], selector: str | None) -> list[tuple[str, Any] | None]:
+    """Whom the options of each layer are for: a name and what its selector said beside it; None: not known yet.
+
+    A name alone does not replace the same name with a value. Nor does the selector's option alone, which is how a
+    path changes when files move.
+    """
+    current: tuple[str, Any] | None = None
+    meant = []
+    for section in sections:
+        if isinstance(section, dict) and section.get("name"):
+            named = (str(section["name"]), section.get(selector) if selector else None)
+            if current is None or named[0] != current[0] or named[1] is not None:
+                current = named
+        meant.append(current)
+    return meant
 
 
 def differences_from_saved(composed: Composed, saved: Path) -> list[str]:

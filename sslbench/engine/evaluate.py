@@ -250,8 +250,10 @@ def _plan(
             f"the run {RunRecord.load(run_dir).name} has no data set of its own",
             hint=f"name one: sslbench eval {protocol} RUN --dataset NAME",
         )
-    base = of_run if name == of_run.get("name") else {}
-    dataset_values = {key: value for key, value in {**base, **asked}.items() if key != "name"}
+    name, selected = catalog.choose("dataset", str(name))
+    same = {"name": name, **selected}.items() <= of_run.items()
+    base = of_run if same else {}
+    dataset_values = {key: value for key, value in {**base, **selected, **asked}.items() if key != "name"}
     dataset_class = catalog.load("dataset", name)
     protocol_values = {**(saved.get("evals", {}).get(protocol) or {}), **options}
     train = {"device": saved["train"]["device"], **sections["train"]}
@@ -259,7 +261,7 @@ def _plan(
         run_dir=run_dir,
         record=RunRecord.load(run_dir),
         protocol=cls(validate_section(cls.Config, protocol_values, "", origin)),
-        dataset_name=str(name),
+        dataset_name=name,
         dataset_class=dataset_class,
         dataset_options=validate_section(dataset_class.Config, dataset_values, "dataset", origin),
         data=validate_section(DataOptions, {**saved.get("data", {}), **sections["data"]}, "data", origin),

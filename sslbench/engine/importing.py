@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from sslbench import __version__
+from sslbench.config.compose import Layer, labelled, spelled_out
 from sslbench.config.options import Options
 from sslbench.config.registry import Registry
 from sslbench.config.schema import DataOptions, RunOptions, TrainOptions
@@ -21,7 +22,7 @@ from sslbench.engine.setup import DEFAULT_SIZE
 from sslbench.errors import did_you_mean
 from sslbench.launch.recording import open_tracker
 from sslbench.plugin.api import Backbone, Dataset
-from sslbench.plugin.catalog import Catalog
+from sslbench.plugin.catalog import Catalog, Kind
 from sslbench.rng import derive_seed
 from sslbench.tracking import Tracker
 
@@ -51,6 +52,11 @@ class ImportPlan:
     std: Color
     sections: Tree
     """The complete configuration, as evaluations of the run will read it."""
+
+    @property
+    def backbone_label(self) -> str:
+        """What tables call it."""
+        return labelled(type(self.backbone), self.backbone_name, self.backbone.cfg)
 
 
 @dataclass(frozen=True)
@@ -95,7 +101,7 @@ def plan_import(
     Raises:
         ConfigProblems: with every problem found.
     """
-    tree = _merged(registry, recipe, parse_overrides(items))
+    tree = _merged(catalog, registry, recipe, parse_overrides(items))
     sections = _validated(catalog, tree, recipe)
     cfg, dataset_cfg = sections.pop("backbone"), sections.pop("dataset")
     dataset: Dataset | None = None
@@ -120,7 +126,7 @@ def plan_import(
     )
 
 
-def _merged(registry: Registry, recipe: str | None, given: Tree) -> Tree:
+def _merged(catalog: Catalog, registry: Registry, recipe: str | None, given: Tree) -> Tree:
     """The sections that matter here, of the recipe and of the command line."""
     chain = registry.recipe_chain(recipe) if recipe else []
     tree: Tree = {}
@@ -130,7 +136,10 @@ def _merged(registry: Registry, recipe: str | None, given: Tree) -> Tree:
                 tree.pop(kind, None)
         recognised = {key: value for key, value in values.items() if key in _SECTIONS or values is given}
         merge(tree, recognised, origin, {})
-    return tree
+    kinds: tuple[Kind, ...] = ("backbone", "dataset")
+    named = {kind: str(tree[kind]["name"]) for kind in kinds if tree.get(kind, {}).get("name")}
+    names = {kind: catalog.split(kind, text)[0] for kind, text in named.items()}
+    return dict(spelled_out(Layer("recipe or command line", tree), names, catalog).values)
 
 
 def _validated(catalog: Catalog, tree: Tree, recipe: str | None) -> dict[str, Any]:
@@ -244,7 +253,7 @@ def _open_tracker(
     tags = {
         "sslbench.method": _label(plan, weights),
         "sslbench.dataset": dataset,
-        "sslbench.backbone": plan.backbone_name,
+        "sslbench.backbone": plan.backbone_label,
         "sslbench.seed": str(plan.run.seed),
         "sslbench.epochs": str(weights.epochs or "?"),
         "sslbench.recipe": plan.recipe or "",
@@ -258,7 +267,7 @@ def _open_tracker(
     stamp = time.strftime("%Y%m%d-%H%M%S")
     return open_tracker(
         root=root,
-        name=plan.run.name or f"import-{weights.layout.name}-{plan.backbone_name}-{stamp}",
+        name=plan.run.name or f"import-{weights.layout.name}-{plan.backbone_label.replace(':', '_')}-{stamp}",
         kind="import",
         experiment=plan.run.experiment or (dataset if plan.dataset else "imported"),
         tracking_uri=plan.run.tracking_uri,

@@ -302,7 +302,7 @@ def _warn_of_other_arithmetic(parts: Parts, resume: Path, console: Console) -> N
 
 def _introduction(composed: Composed, parts: Parts, tracker: Tracker) -> str:
     """What is about to run, for whoever reads the terminal or a log file."""
-    what = f"{composed.method.name} with {composed.backbone.name} on {parts.dataset.key}"
+    what = f"{composed.method.name} with {composed.backbone.label} on {parts.dataset.key}"
     head = f"Run {tracker.name}: {what}\n  {tracker.run_dir}"
     if parts.loader is None or parts.plan is None:
         return head
@@ -331,9 +331,9 @@ def _open_tracker(
     # Runs whose results may be averaged differ by chance only: also the same images, start and precision.
     group = (composed.group_hash(), fingerprint, start, precision, *_apart(core.train))
     tags = {
-        "sslbench.method": composed.method.name,
+        "sslbench.method": composed.method.label,
         "sslbench.dataset": parts.dataset.key,
-        "sslbench.backbone": composed.backbone.name,
+        "sslbench.backbone": composed.backbone.label,
         "sslbench.seed": str(core.run.seed),
         "sslbench.epochs": str(core.train.epochs if composed.method.cls.trains else 0),
         "sslbench.recipe": composed.recipe or "",
@@ -364,7 +364,7 @@ def _open_tracker(
 
 def _default_name(composed: Composed, parts: Parts) -> str:
     stamp = time.strftime("%Y%m%d-%H%M%S")
-    words = (composed.method.name, parts.dataset.key, composed.backbone.name, f"s{composed.core.run.seed}", stamp)
+    words = (composed.method.name, parts.dataset.key, composed.backbone.label, f"s{composed.core.run.seed}", stamp)
     return "-".join(words).replace("/", "_").replace(":", "_")
 
 

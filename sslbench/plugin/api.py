@@ -136,6 +136,8 @@ class Backbone(nn.Module, ABC):
 
     name: ClassVar[str]
     Config: ClassVar[type[Options]] = Options
+    selector: ClassVar[str | None] = None
+    """The option that VALUE sets where a user writes ``NAME:VALUE``; None: there is no such form."""
     provides: ClassVar[frozenset[str]] = frozenset({"pooled", "map"})
 
     dim: int
@@ -149,6 +151,8 @@ class Backbone(nn.Module, ABC):
     input_sizes: Literal["any", "one"] = "any"
     """``any``: images may be smaller or larger than ``image_size``, and need not be square, as multi-crop and
     evaluations at another size want it; ``one``: only squares of ``image_size``."""
+    cfg: Options
+    """What it takes to build it again before weights are loaded into it; checkpoints keep this."""
 
     def __init__(self, cfg: Options, image_size: int) -> None:
         super().__init__()
@@ -240,6 +244,8 @@ class Method(nn.Module, ABC):
 
     name: ClassVar[str]
     Config: ClassVar[type[MethodConfig]] = MethodConfig
+    selector: ClassVar[str | None] = None
+    """As :attr:`Backbone.selector`."""
     defaults: ClassVar[Mapping[str, Any]] = {}
     """Core options this method wants, as a nested mapping (``{"optim": {"name": "lars"}}``)."""
     requires: ClassVar[frozenset[str]] = frozenset({"pooled"})
@@ -386,6 +392,8 @@ class Dataset(ABC):
 
     name: ClassVar[str]
     Config: ClassVar[type[Options]] = Options
+    selector: ClassVar[str | None] = None
+    """As :attr:`Backbone.selector`."""
     published: ClassVar[Published | None] = None
     """Lets ``sslbench plan`` do without the files, if the data set has a published size."""
 

@@ -104,6 +104,41 @@ class Catalog:
             raise PluginError(f"two plugins claim the {kind} '{name}': {owners}", hint=f"name one: {choices}")
         return wanted[0]
 
+    def split(self, kind: Kind, text: str) -> tuple[str, str | None]:
+        """A plugin's name and the value behind it: ``timm:resnet18`` is ``("timm", "resnet18")``.
+
+        Nothing is imported. An address (``distribution:name``) is a name, and so is what no plugin answers to;
+        ``distribution:name:value`` has both.
+        """
+        known = {word for entry in self.entries(kind) for word in (entry.name, entry.address)} | self.blocked
+        parts = text.split(":")
+        heads = (":".join(parts[:count]) for count in range(len(parts), 0, -1))
+        head = next((head for head in heads if head in known), text)
+        return head, None if head == text else text[len(head) + 1 :]
+
+    def options_of(self, kind: Kind, name: str, value: str | None) -> dict[str, str]:
+        """The option that a value behind a plugin's name sets (its ``selector``).
+
+        Raises:
+            PluginError: the plugin takes no such value, or the value is empty.
+        """
+        if value is None:
+            return {}
+        selector = self.load(kind, name).selector
+        if selector is None:
+            raise PluginError(
+                f"the {kind} '{name}' takes nothing behind its name, got '{name}:{value}'",
+                hint=f"{name}, or an option of it: sslbench info {kind} {name}",
+            )
+        if not value:
+            raise PluginError(f"'{name}:' lacks the {selector}", hint=f"{name}:{selector.upper()}")
+        return {selector: value}
+
+    def choose(self, kind: Kind, text: str) -> tuple[str, dict[str, str]]:
+        """A plugin as users write it (``NAME`` or ``NAME:VALUE``), as its name and the options that sets."""
+        name, value = self.split(kind, text)
+        return name, self.options_of(kind, name, value)
+
     def load(self, kind: Kind, name: str) -> type[Any]:
         """Import the plugin and return its class.
 

@@ -64,9 +64,9 @@ def to_json(plan: Plan) -> dict[str, Any]:
     """Everything of a plan as plain data; sizes in bytes."""
     subject, composed = plan.subject, plan.subject.composed
     return {
-        "method": composed.method.name,
-        "backbone": composed.backbone.name,
-        "dataset": composed.dataset.name,
+        "method": composed.method.label,
+        "backbone": composed.backbone.label,
+        "dataset": composed.dataset.label,
         "recipe": composed.recipe,
         "images": subject.images,
         "batch": subject.batch,
@@ -113,7 +113,8 @@ def _row(prediction: Prediction) -> dict[str, Any]:
 def _title(plan: Plan) -> str:
     subject, composed = plan.subject, plan.subject.composed
     train = composed.core.train
-    what = f"{composed.method.name}, {composed.backbone.name}, {composed.dataset.name} ({subject.images:,} images)"
+    chosen = ", ".join(part.label for part in (composed.method, composed.backbone, composed.dataset))
+    what = f"{chosen} ({subject.images:,} images)"
     name = f"{composed.recipe}: " if composed.recipe else ""
     device = plan.predictions[0].cluster.device
     precision = "16-bit" if uses_half(train, device) else "fp32"

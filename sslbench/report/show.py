@@ -41,11 +41,14 @@ def show_plugin(catalog: Catalog, registry: Registry, kind: Kind, name: str, as_
     """A plugin's origin, documentation, options and the recipes that use it."""
     from sslbench.report.describe import describe_options, nested_models
 
-    entry = catalog.find(kind, name)
-    cls = catalog.load(kind, name)
-    options = describe_options(cls.Config)
+    plugin, chosen = catalog.choose(kind, name)
+    entry = catalog.find(kind, plugin)
+    cls = catalog.load(kind, plugin)
+    options = [{**row, "default": chosen.get(row["key"], row["default"])} for row in describe_options(cls.Config)]
     recipes = [
-        r for r, recipe in registry.recipes.items() if recipe.config.get(kind, {}).get("name") == entry.name
+        r
+        for r, recipe in registry.recipes.items()
+        if catalog.split(kind, str(recipe.config.get(kind, {}).get("name")))[0] == entry.name
     ]
     if as_json:
         print_json({**entry.identity(), "kind": kind, "doc": cls.__doc__, "options": options, "recipes": recipes})
@@ -122,9 +125,9 @@ def print_plan(composed: Composed, as_json: bool) -> None:
     check_requirements(composed)
     core = composed.core
     plan = {
-        "method": composed.method.name,
-        "dataset": composed.dataset.name,
-        "backbone": composed.backbone.name,
+        "method": composed.method.label,
+        "dataset": composed.dataset.label,
+        "backbone": composed.backbone.label,
         "recipe": composed.recipe,
         "epochs": core.train.epochs,
         "global batch": core.train.batch_size,
