@@ -294,17 +294,18 @@ def _without_other_plugins(layers: Sequence[Layer], classes: Mapping[Kind, type[
     return kept
 
 
-def _meant(sections: Sequence[Any], selector: str | None) -> list[tuple[str, Any] | None]:
+def _meant(sections: Sequence[Any], selector: str | None) -> list[tuple[str, str | None] | None]:
     """Whom the options of each layer are for: a name and what its selector said beside it; None: not known yet.
 
     A name alone does not replace the same name with a value. Nor does the selector's option alone, which is how a
     path changes when files move.
     """
-    current: tuple[str, Any] | None = None
+    current: tuple[str, str | None] | None = None
     meant = []
     for section in sections:
         if isinstance(section, dict) and section.get("name"):
-            named = (str(section["name"]), section.get(selector) if selector else None)
+            value = section.get(selector) if selector else None
+            named = (str(section["name"]), None if value is None else str(value))
             if current is None or named[0] != current[0] or named[1] is not None:
                 current = named
         meant.append(current)

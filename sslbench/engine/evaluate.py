@@ -251,7 +251,7 @@ def _plan(
             hint=f"name one: sslbench eval {protocol} RUN --dataset NAME",
         )
     name, selected = catalog.choose("dataset", str(name))
-    same = {"name": name, **selected}.items() <= of_run.items()
+    same = all(str(of_run.get(key)) == value for key, value in {"name": name, **selected}.items())
     base = of_run if same else {}
     dataset_values = {key: value for key, value in {**base, **selected, **asked}.items() if key != "name"}
     dataset_class = catalog.load("dataset", name)

@@ -110,7 +110,7 @@ class Catalog:
         Nothing is imported. An address (``distribution:name``) is a name, and so is what no plugin answers to;
         ``distribution:name:value`` has both.
         """
-        known = {word for entry in self.entries(kind) for word in (entry.name, entry.address)} | self.blocked
+        known = {word for entry in self._known(kind) for word in (entry.name, entry.address)}
         parts = text.split(":")
         heads = (":".join(parts[:count]) for count in range(len(parts), 0, -1))
         head = next((head for head in heads if head in known), text)
