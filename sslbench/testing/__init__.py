@@ -7,7 +7,8 @@ def test_several_processes_train_as_one():
 """
 
 from sslbench.testing.backbones import check_backbone
+from sslbench.testing.datasets import check_dataset
 from sslbench.testing.ranks import check_ranks
 from sslbench.testing.report import ConformanceError, Difference, RankReport
 
-__all__ = ["ConformanceError", "Difference", "RankReport", "check_backbone", "check_ranks"]
+__all__ = ["ConformanceError", "Difference", "RankReport", "check_backbone", "check_dataset", "check_ranks"]
