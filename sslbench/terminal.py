@@ -52,6 +52,11 @@ class _Levels(logging.Formatter):
         return printable(f"{mark}{record.getMessage()}")
 
 
+def warn(message: str) -> None:
+    """A sentence on stderr about something that does not stop the command."""
+    print(printable(f"Warning: {message}"), file=sys.stderr)  # noqa: T201
+
+
 def report(error: SslbenchError) -> None:
     from rich.text import Text
 

@@ -35,7 +35,7 @@ def list_(
 
     session: Session = context.obj
     if what == "recipes":
-        list_recipes(session.registry(), as_json)
+        list_recipes(session.recipes(), as_json)
     elif what == "runs":
         list_runs(session.runs, as_json)
     else:
@@ -53,9 +53,9 @@ def info(
 
     session: Session = context.obj
     if kind.removesuffix("s") == "recipe":
-        show_recipe(session.registry(), name, as_json)
+        show_recipe(session.recipes(), name, as_json)
     else:
-        show_plugin(session.catalog, session.registry(), _kinds(kind)[0], name, as_json)
+        show_plugin(session.catalog, session.recipes(), _kinds(kind)[0], name, as_json)
 
 
 def config(
@@ -93,7 +93,7 @@ def compare(
     from sslbench.report.show import print_comparison
 
     session: Session = context.obj
-    print_comparison(session.runs, runs or [], session.registry() if reference else None, as_json)
+    print_comparison(session.runs, runs or [], session.recipes() if reference else None, as_json)
 
 
 def sync(

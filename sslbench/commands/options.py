@@ -27,9 +27,20 @@ class Session:
     """The words behind ``sslbench``, for the processes that a launcher starts."""
 
     def registry(self) -> Registry:
+        """The registry file alone, for commands that need its defaults but no recipe."""
         from sslbench.config.registry import find_registry, load_registry
 
         return load_registry(find_registry(self.registry_path))
+
+    def recipes(self) -> Registry:
+        """The registry file and those of installed packages; what is wrong with these is a warning."""
+        from sslbench.config.published import with_packages
+        from sslbench.terminal import warn
+
+        library = with_packages(self.registry(), self.catalog.registries())
+        for problem in library.problems:
+            warn(problem)
+        return library
 
 
 def complete(kind: Kind) -> Any:
@@ -42,9 +53,11 @@ def complete(kind: Kind) -> Any:
 
 
 def complete_recipe(incomplete: str) -> Iterator[tuple[str, str]]:
+    from sslbench.config.published import with_packages
     from sslbench.config.registry import find_registry, load_registry
 
-    for name, recipe in load_registry(find_registry()).recipes.items():
+    library = with_packages(load_registry(find_registry()), Catalog().registries())
+    for name, recipe in library.recipes.items():
         if name.startswith(incomplete):
             yield name, recipe.summary
 
@@ -130,7 +143,8 @@ def compose_pretrain(
         layers.append(saved)
     layers += [read_config_file(file)] if file else []
     layers.append(Layer("command line", parse_overrides(items)))
-    return compose(session.catalog, session.registry(), recipe=recipe, layers=layers), resumed
+    registry = session.recipes() if recipe else session.registry()
+    return compose(session.catalog, registry, recipe=recipe, layers=layers), resumed
 
 
 def run_directory(session: Session, reference: str) -> Path:

@@ -206,7 +206,7 @@ def import_(
 
     plan = plan_import(
         session.catalog,
-        session.registry(),
+        session.recipes() if recipe else session.registry(),
         file,
         [*items, *(overrides or [])],
         layout=layout,

@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -72,6 +72,8 @@ class Composed:
     """All values as plain data, as written to config.yaml."""
     origins: Mapping[str, str]
     """Dotted key to the origin of its value."""
+    registries: Sequence[Mapping[str, str]] = ()
+    """Identities of the packages that the recipe came from, and of those whose recipes were ignored."""
 
     def hash(self) -> str:
         """A digest of everything that can change the pretrained weights."""
@@ -110,6 +112,7 @@ def compose(catalog: Catalog, registry: Registry, *, recipe: str | None, layers:
     """
     given = [Layer("registry defaults", registry.defaults)]
     if recipe is not None:
+        recipe = registry.resolve(recipe)
         given += [Layer(f"recipe {name}", part.config) for name, part in registry.recipe_chain(recipe)]
     given += layers
     names = {kind: catalog.split(kind, _chosen_name(given, kind))[0] for kind in PLUGIN_SECTIONS}
@@ -123,7 +126,8 @@ def compose(catalog: Catalog, registry: Registry, *, recipe: str | None, layers:
     origins: dict[str, str] = {}
     for layer in [*base, *_without_other_plugins(given, classes)]:
         merge(tree, layer.values, layer.origin, origins)
-    return _Validator(catalog, classes, tree, origins, recipe).run()
+    composed = _Validator(catalog, classes, tree, origins, recipe).run()
+    return replace(composed, registries=registry.sources_of(recipe))
 
 
 def read_config_file(path: Path) -> Layer:

@@ -5,10 +5,10 @@ from __future__ import annotations
 import os
 import sysconfig
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import yaml
-from pydantic import Field, ValidationError
+from pydantic import Field, PrivateAttr, ValidationError
 
 from sslbench.config.options import Options
 from sslbench.config.tree import read_yaml
@@ -18,7 +18,22 @@ FILE_NAME = "registry.yaml"
 ENVIRONMENT = "SSLBENCH_REGISTRY"
 
 
-class Recipe(Options):
+class _Reviewed(Options):
+    _origin: str = PrivateAttr("sslbench")
+
+    @property
+    def origin(self) -> str:
+        """The package it comes from, with its version; ``sslbench`` for the registry file itself."""
+        return self._origin
+
+    def of(self, origin: str, **changes: Any) -> Self:
+        """The same as a part of another package."""
+        copy = self.model_copy(update=changes)
+        copy._origin = origin
+        return copy
+
+
+class Recipe(_Reviewed):
     """A complete, reviewed set of options."""
 
     summary: str
@@ -29,7 +44,7 @@ class Recipe(Options):
     config: dict[str, Any] = Field(default_factory=dict)
 
 
-class Reference(Options):
+class Reference(_Reviewed):
     """A published result of a recipe."""
 
     recipe: str
@@ -58,6 +73,23 @@ class Registry(Options):
     recipes: dict[str, Recipe] = Field(default_factory=dict)
     references: tuple[Reference, ...] = ()
 
+    def resolve(self, name: str) -> str:
+        """The key of ``recipes`` that a user means.
+
+        Raises:
+            ConfigError: nothing has this name.
+        """
+        if name in self.recipes:
+            return name
+        raise ConfigError(
+            f"no recipe is named '{name}'{did_you_mean(name, self.recipes)}",
+            hint="sslbench list recipes   shows all of them",
+        )
+
+    def sources_of(self, recipe: str | None) -> list[dict[str, str]]:
+        """Identities of the packages whose registries took part in a recipe, and of those that were ignored."""
+        return []
+
     def recipe_chain(self, name: str) -> list[tuple[str, Recipe]]:
         """The recipe and those it extends, base first.
 
@@ -65,12 +97,14 @@ class Registry(Options):
             ConfigError: unknown recipe, or recipes that extend each other in a circle.
         """
         chain: list[tuple[str, Recipe]] = []
-        current: str | None = name
+        current: str | None = self.resolve(name)
         while current is not None:
             if current not in self.recipes:
+                child, recipe = chain[0]
                 guess = did_you_mean(current, self.recipes)
                 raise ConfigError(
-                    f"no recipe is named '{current}'{guess}", hint="sslbench list recipes   shows all of them"
+                    f"recipe '{child}' of {recipe.origin} extends '{current}', which there is not{guess}",
+                    hint="sslbench list recipes   shows all of them",
                 )
             if any(current == seen for seen, _ in chain):
                 raise ConfigError(f"recipe '{name}' extends itself through '{current}'")
@@ -111,6 +145,8 @@ def load_registry(path: Path) -> Registry:
     """Read and validate a registry file."""
     try:
         raw = read_yaml(path.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{path} cannot be read: {getattr(error, 'strerror', None) or error}") from error
     except yaml.YAMLError as error:
         raise ConfigError(f"{path} is not valid YAML: {error}") from error
     try:

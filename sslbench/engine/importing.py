@@ -101,6 +101,7 @@ def plan_import(
     Raises:
         ConfigProblems: with every problem found.
     """
+    recipe = registry.resolve(recipe) if recipe else None
     tree = _merged(catalog, registry, recipe, parse_overrides(items))
     sections = _validated(catalog, tree, recipe)
     cfg, dataset_cfg = sections.pop("backbone"), sections.pop("dataset")

@@ -32,7 +32,7 @@ from sslbench.plugin.loading import import_file, import_registered, offered
 if TYPE_CHECKING:
     from sslbench.plugin.extensions import Extension
 
-__all__ = ["KINDS", "ONLY", "Catalog", "Entry", "Kind"]
+__all__ = ["EXTENSIONS", "KINDS", "ONLY", "Catalog", "Entry", "Kind"]
 
 ONLY = "SSLBENCH_PLUGINS"
 """Environment variable: packages or plugins, separated by commas, that may be loaded beside the built-in ones."""

@@ -43,14 +43,14 @@ def list_plugins(catalog: Catalog, kinds: Sequence[Kind], as_json: bool) -> None
 def list_recipes(registry: Registry, as_json: bool) -> None:
     """Recipes with where their values come from."""
     rows = {
-        name: recipe.model_dump(include={"summary", "source", "extends"})
+        name: recipe.model_dump(include={"summary", "source", "extends"}) | {"origin": recipe.origin}
         for name, recipe in registry.recipes.items()
     }
     if as_json:
         print_json([{"name": name, **row} for name, row in rows.items()])
         return
-    cells = [(name, row["summary"], row["source"]) for name, row in rows.items()]
-    print_table("recipes", ("name", "what it is", "source"), cells)
+    cells = [(name, row["summary"], row["source"], row["origin"]) for name, row in rows.items()]
+    print_table("recipes", ("name", "what it is", "source", "from"), cells)
 
 
 def list_runs(root: Path, as_json: bool) -> None:

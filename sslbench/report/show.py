@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from sslbench.engine.evaluate import EvalOutcome
     from sslbench.engine.importing import Imported
     from sslbench.engine.worker import Outcome
+    from sslbench.report.compare import Verdict
     from sslbench.report.doctor import Check
     from sslbench.tracking import SyncReport
 
@@ -67,21 +68,24 @@ def show_recipe(registry: Registry, name: str, as_json: bool) -> None:
     """A recipe, merged with those it extends, and its published results."""
     from sslbench.config.tree import merge
 
+    name = registry.resolve(name)
     merged: dict[str, Any] = {}
     origins: dict[str, str] = {}
     for origin, part in registry.recipe_chain(name):
         merge(merged, part.config, origin, origins)
     recipe = registry.recipes[name]
-    references = [r.model_dump() for r in registry.references if r.recipe == name]
+    references = [{**r.model_dump(), "origin": r.origin} for r in registry.references if r.recipe == name]
     if as_json:
-        print_json({"name": name, **recipe.model_dump(), "config": merged, "references": references})
+        facts = {"name": name, "origin": recipe.origin, **recipe.model_dump()}
+        print_json({**facts, "config": merged, "references": references})
         return
     console = out()
-    console.print(_headed(name, f"{recipe.summary}\nsource: {recipe.source}"))
+    console.print(_headed(name, f"{recipe.summary}\nof {recipe.origin}\nsource: {recipe.source}"))
     print_tree(merged, False)
     for row in references:
         mark = "" if row["verified"] else "  (not verified)"
-        console.print(f"reference: {row['metric']} = {row['value']} ± {row['tolerance']}{mark}  {row['source']}")
+        published = f"{row['metric']} = {row['value']} ± {row['tolerance']}{mark}"
+        console.print(f"reference: {published}  {row['source']} [{row['origin']}]")
 
 
 def print_tree(tree: Mapping[str, Any], as_json: bool) -> None:
@@ -227,7 +231,7 @@ def print_comparison(root: Path, selectors: Sequence[str], registry: Registry | 
     comparison = compare(load_results(root, selectors))
     verdicts = judge(comparison, registry.references) if registry else []
     if as_json:
-        judged = [{"recipe": v.row.recipe, **v.reference.model_dump(), "verdict": v.verdict} for v in verdicts]
+        judged = [_judged(v) for v in verdicts]
         print_json({**to_json(comparison), "verdicts": judged})
         return
     if not (comparison.rows or comparison.remarks):
@@ -236,6 +240,12 @@ def print_comparison(root: Path, selectors: Sequence[str], registry: Registry | 
     out().print(render_table(comparison))
     if registry:
         out().print(render_verdicts(verdicts))
+
+
+def _judged(verdict: Verdict) -> dict[str, Any]:
+    reference = verdict.reference
+    facts = {"recipe": verdict.row.recipe, **reference.model_dump(), "origin": reference.origin}
+    return {**facts, "verdict": verdict.verdict}
 
 
 def print_sync(report: SyncReport) -> None:

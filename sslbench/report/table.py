@@ -12,6 +12,7 @@ from rich import box
 from rich.table import Table
 from rich.text import Text
 
+from sslbench.plugin.entry import OWN
 from sslbench.report.compare import Cell, Column, Comparison, Row, Verdict
 
 
@@ -94,6 +95,7 @@ def render_verdicts(verdicts: Sequence[Verdict]) -> Table:
     for v in verdicts:
         published = f"{v.reference.value:g} ± {v.reference.tolerance:g}"
         doubt = "" if v.reference.verified else " (not verified)"
+        doubt += "" if v.reference.origin == OWN else f" [{v.reference.origin}]"
         published += "" if v.reference.verified else " ?"
         table.add_row(
             v.row.recipe,
