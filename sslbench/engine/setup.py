@@ -190,11 +190,11 @@ def _make_backbone(selection: Selection, side: int, start: Start | None) -> Back
     return backbone
 
 
-def compile_backbones(method: nn.Module) -> None:
+def compile_backbones(method: nn.Module, backend: str = "inductor") -> None:
     """Compile each backbone in place, which leaves state-dict keys alone."""
     for module in method.modules():
         if isinstance(module, Backbone):
-            module.compile()
+            module.compile(backend=backend)
 
 
 def _build_method(

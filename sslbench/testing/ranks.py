@@ -7,7 +7,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from sslbench.plugin.api import Method
+from sslbench.plugin.api import Backbone, Method
 from sslbench.testing.compare import Case
 from sslbench.testing.reference import PluginReference
 from sslbench.testing.report import ConformanceError, RankReport
@@ -31,6 +31,8 @@ class Checked:
     """Also with a batch that the ranks cannot share evenly."""
     title: str | None = None
     """Its name in reports; None: the method's own."""
+    backbone: PluginReference | None = None
+    """None: a toy."""
 
 
 def check_ranks(
@@ -39,6 +41,7 @@ def check_ranks(
     world: int = 2,
     options: Mapping[str, Any] | None = None,
     core: Mapping[str, Any] | None = None,
+    backbone: type[Backbone] | str | Path | PluginReference | None = None,
     norms: Sequence[Norm] = ("batch", "group"),
     uneven: bool = True,
     images: int = 24,
@@ -60,6 +63,7 @@ def check_ranks(
         options: of the method.
         core: core options such as ``{"train": {"sync_bn": False}}``. Unless they say otherwise, the optimiser is
             SGD with momentum.
+        backbone: another one than a toy; a class at the top of a module, a name or a file.
         norms: of the network: over the rows of the batch, or of each row by itself (``group``).
         uneven: also with a batch of one image less, which the ranks cannot share evenly.
         images, batch_size, steps: of the toy run.
@@ -73,7 +77,8 @@ def check_ranks(
         ConformanceError: with what is wrong and how to mend it; it is an ``AssertionError`` too.
         PluginError: the method cannot be found by other processes.
     """
-    checked = Checked(method, options or {}, core or {}, uneven)
+    network = None if backbone is None else PluginReference.of("backbone", backbone)
+    checked = Checked(method, options or {}, core or {}, uneven, backbone=network)
     (report,) = check_all(
         [checked],
         world=world,
@@ -126,7 +131,14 @@ def check_all(
 def _trials(checked: Checked, norms: Sequence[Norm], trial: Trial) -> list[Trial]:
     sizes = [trial.batch_size, trial.batch_size - 1] if checked.uneven else [trial.batch_size]
     return [
-        replace(trial, options=checked.options, core=checked.core, norm=norm, batch_size=size)
+        replace(
+            trial,
+            options=checked.options,
+            core=checked.core,
+            norm=norm,
+            batch_size=size,
+            backbone=checked.backbone,
+        )
         for norm in norms
         for size in sizes
     ]

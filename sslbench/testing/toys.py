@@ -15,7 +15,7 @@ from sslbench.data.sources import ArraySource
 from sslbench.data.store import open_store
 from sslbench.data.views import ViewExecutor, expand
 from sslbench.nn.vit import VisionTransformer, ViTOptions
-from sslbench.plugin.api import Backbone, Features, Options, ViewSpec
+from sslbench.plugin.api import Backbone, Features, Options, Source, ViewSpec
 
 Norm = Literal["batch", "group"]
 """Of the backbone: over the rows of the batch, or of each row by itself, whatever the number of processes."""
@@ -76,9 +76,11 @@ def toy_images(count: int) -> ArraySource:
     return ArraySource(pixels.byte(), classes)
 
 
-def toy_loader(specs: Sequence[ViewSpec], images: int, batch_size: int, *, labels: bool, seed: int) -> TrainLoader:
+def toy_loader(
+    specs: Sequence[ViewSpec], source: Source, batch_size: int, *, labels: bool, seed: int
+) -> TrainLoader:
     """This rank's batches of toy images in a method's own views."""
-    source, cpu = toy_images(images), torch.device("cpu")
+    cpu = torch.device("cpu")
     views = ViewExecutor(expand(specs, SIDE), size=SIDE, mean=(0.5, 0.5, 0.5), std=(0.25, 0.25, 0.25), device=cpu)
     store = open_store(source, DataOptions(resident="host"), cpu, lambda line: None)
     return TrainLoader(

@@ -17,10 +17,10 @@ from sslbench.config.tree import Tree, merge
 from sslbench.data.loader import TrainLoader
 from sslbench.engine.optim import build_optimizer
 from sslbench.nn.sync_norm import SharedBatchNorm, share_statistics
-from sslbench.plugin.api import Batch, Build, Method, Progress
+from sslbench.plugin.api import Backbone, Batch, Build, Method, Progress, Source
 from sslbench.rng import derive_seed
 from sslbench.testing.reference import PluginReference
-from sslbench.testing.toys import CLASSES, Norm, toy_backbone, toy_loader
+from sslbench.testing.toys import CLASSES, SIDE, Norm, toy_backbone, toy_images, toy_loader
 
 Record = dict[str, Any]
 """By quantity (:data:`QUANTITIES`) tensors by name; and, under ``facts``, what explains differences."""
@@ -43,6 +43,26 @@ class Trial:
     batch_size: int
     steps: int
     seed: int = 0
+    backbone: PluginReference | None = None
+    """None: the toy one, with ``norm``."""
+
+    def make_backbone(self) -> Backbone:
+        if self.backbone is None:
+            return toy_backbone(self.method.load().requires, self.norm)
+        cls = self.backbone.load()
+        made: Backbone = cls(cls.Config(), SIDE)
+        return made
+
+    def make_loader(self, source: Source | None = None) -> TrainLoader:
+        """This rank's batches.
+
+        Args:
+            source: of as many images of the toys' size; None: the toys.
+        """
+        cls = self.method.load()
+        views = cls.Config.model_validate(dict(self.options)).views
+        source = source or toy_images(self.images)
+        return toy_loader(views, source, self.batch_size, labels=cls.uses_labels, seed=self.seed)
 
 
 def run(trial: Trial) -> Record:
@@ -52,14 +72,62 @@ def run(trial: Trial) -> Record:
         ``start`` (parameters and buffers after the first ``start_epoch``), ``loss`` of each step, averaged
         ``gradients`` of the first step and the last, and ``parameters``, ``buffers`` and ``optimiser`` at the end.
     """
-    cls = trial.method.load()
-    core = _core_options(cls, trial)
-    cfg = cls.Config.model_validate(dict(trial.options))
-    loader = toy_loader(cfg.views, trial.images, trial.batch_size, labels=cls.uses_labels, seed=trial.seed)
-    method = _build(cls, cfg, loader, trial)
-    if comm.world() > 1:
-        share_statistics(method, core.train.sync_bn, torch.device("cpu"))
-    return _Run(method, loader, core, trial).record()
+    return _Recorded(trial).record()
+
+
+class Training:
+    """The training loop's calls of a method, in its order."""
+
+    def __init__(self, trial: Trial, loader: TrainLoader | None = None) -> None:
+        self.trial, self.loader = trial, loader or trial.make_loader()
+        cls = trial.method.load()
+        core = _core_options(cls, trial)
+        self.method = _build(cls, self.loader, trial)
+        if comm.world() > 1:
+            share_statistics(self.method, core.train.sync_bn, torch.device("cpu"))
+        groups = self.method.param_groups()
+        self.optimizer = build_optimizer(core.optim, groups, self.method, trial.batch_size)
+
+    def run(self, start: int, stop: int) -> list[Tensor]:
+        """Take the steps from ``start`` to ``stop - 1``; returns their losses."""
+        losses = []
+        for step, batch in enumerate(self.loader.batches(start, stop), start):
+            self.begin(step)
+            losses.append(self.gradients(step, batch)["loss"].detach())
+            self.update(step)
+        return losses
+
+    def begin(self, step: int) -> None:
+        """What comes before a step: perhaps an epoch begins."""
+        epoch, rest = divmod(step, self.loader.steps_per_epoch)
+        if rest == 0:
+            torch.manual_seed(derive_seed(self.trial.seed, "epoch", epoch))
+            self.method.start_epoch(epoch, self.loader.images)
+
+    def gradients(self, step: int, batch: Batch) -> dict[str, Tensor]:
+        """Go forward and backward; returns what the method does."""
+        torch.manual_seed(derive_seed(self.trial.seed, "step", step, comm.rank()))
+        output: dict[str, Tensor] = self.method(batch)
+        loss: Any = output["loss"]
+        loss.backward()
+        for parameter in self.method.parameters():  # as data-parallel training does
+            if comm.world() > 1 and parameter.grad is not None:
+                parameter.grad = comm.all_sum(parameter.grad) / comm.world()
+        return output
+
+    def update(self, step: int) -> None:
+        """Move the weights."""
+        self.method.before_step(self._progress(step))
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        self.finish(step)
+
+    def finish(self, step: int) -> None:
+        """What comes after the optimiser's step."""
+        self.method.after_step(self._progress(step))
+
+    def _progress(self, step: int) -> Progress:
+        return Progress(step, 10 * self.trial.steps, self.loader.steps_per_epoch)
 
 
 def _core_options(cls: type[Method], trial: Trial) -> CoreOptions:
@@ -70,64 +138,43 @@ def _core_options(cls: type[Method], trial: Trial) -> CoreOptions:
     return CoreOptions.model_validate(tree)
 
 
-def _build(cls: type[Method], cfg: Any, loader: TrainLoader, trial: Trial) -> Method:
+def _build(cls: type[Method], loader: TrainLoader, trial: Trial) -> Method:
     torch.manual_seed(derive_seed(trial.seed, "initialisation"))
     build = Build(
-        make_backbone=lambda: toy_backbone(cls.requires, trial.norm),
+        make_backbone=trial.make_backbone,
         global_batch=trial.batch_size,
         num_images=loader.num_images,
         steps=10 * trial.steps,
         steps_per_epoch=loader.steps_per_epoch,
         num_classes=CLASSES if cls.uses_labels else None,
     )
-    return cls(cfg, build)
+    return cls(cls.Config.model_validate(dict(trial.options)), build)
 
 
-class _Run:
-    """The training loop's calls of a method, in its order."""
+class _Recorded(Training):
+    """Notes all that training computes."""
 
-    def __init__(self, method: Method, loader: TrainLoader, core: CoreOptions, trial: Trial) -> None:
-        self.method, self.loader, self.trial = method, loader, trial
-        self.optimizer = build_optimizer(core.optim, method.param_groups(), method, trial.batch_size)
+    def __init__(self, trial: Trial) -> None:
+        super().__init__(trial)
         self.found: Record = {quantity: {} for quantity in QUANTITIES} | {"facts": {}}
 
     def record(self) -> Record:
-        for step, batch in enumerate(self.loader.batches(0, self.trial.steps)):
-            if step % self.loader.steps_per_epoch == 0:
-                self._start_epoch(step // self.loader.steps_per_epoch)
-            if step == 0:
-                self.found["start"] = dict(_copied(self.method.state_dict()))
-                self.found["facts"] = self._facts(batch)
-            self._step(step, batch)
+        self.run(0, self.trial.steps)
         trained = {name for name, parameter in self.method.named_parameters() if parameter.requires_grad}
         for name, value in _copied(self.method.state_dict()):
             self.found["parameters" if name in trained else "buffers"][name] = value
         self.found["optimiser"] = dict(self._optimizer_state())
         return self.found
 
-    def _start_epoch(self, epoch: int) -> None:
-        torch.manual_seed(derive_seed(self.trial.seed, "epoch", epoch))
-        self.method.start_epoch(epoch, self.loader.images)
-
-    def _step(self, step: int, batch: Batch) -> None:
-        progress = Progress(step, 10 * self.trial.steps, self.loader.steps_per_epoch)
-        torch.manual_seed(derive_seed(self.trial.seed, "step", step, comm.rank()))
-        loss = self.method(batch)["loss"]
-        self.found["loss"][f"step {step + 1}"] = loss.detach().clone()
-        loss.backward()
-        self._average_gradients()
+    def gradients(self, step: int, batch: Batch) -> dict[str, Tensor]:
+        if step == 0:
+            self.found["start"] = dict(_copied(self.method.state_dict()))
+            self.found["facts"] = self._facts(batch)
+        output = super().gradients(step, batch)
+        self.found["loss"][f"step {step + 1}"] = output["loss"].detach().clone()
         if step in (0, self.trial.steps - 1):
             self.found["gradients"] |= dict(self._gradients(f"step {step + 1}"))
-        self.method.before_step(progress)
-        self.optimizer.step()
-        self.optimizer.zero_grad(set_to_none=True)
-        self.method.after_step(progress)
-
-    def _average_gradients(self) -> None:
-        """As data-parallel training does."""
-        for parameter in self.method.parameters():
-            if comm.world() > 1 and parameter.grad is not None:
-                parameter.grad = comm.all_sum(parameter.grad) / comm.world()
+        return output
 
     def _gradients(self, when: str) -> Iterator[tuple[str, Tensor]]:
         for name, parameter in self.method.named_parameters():
@@ -142,7 +189,7 @@ class _Run:
 
     def _facts(self, batch: Batch) -> dict[str, Any]:
         rows_alone = _unshared(self.method) if comm.world() > 1 else []
-        return {"rows": len(batch), "draws": _draws_from_torch(self.method, batch), "unshared": rows_alone}
+        return {"rows": len(batch), "draws": draws_from_torch(self.method, batch), "unshared": rows_alone}
 
 
 def _unshared(method: nn.Module) -> list[str]:
@@ -158,7 +205,7 @@ def _copied(state: Mapping[str, Tensor]) -> Iterator[tuple[str, Tensor]]:
     return ((name, value.clone()) for name, value in state.items())
 
 
-def _draws_from_torch(method: Method, batch: Batch) -> bool:
+def draws_from_torch(method: Method, batch: Batch) -> bool:
     """Whether the loss depends on the state of torch's own generator, which differs between ranks."""
     losses = []
     for seed in (1, 2):
