@@ -6,7 +6,8 @@ import json
 from pathlib import Path
 
 import pytest
-from faults_kit import METHOD, Command, command, make_images, run_dir
+from chaos.children import typed
+from faults_kit import METHOD, NOWHERE, Command, command, make_images, run_dir
 
 __all__ = ["command"]
 
@@ -81,3 +82,16 @@ def test_resuming_on_other_images_is_refused(command: Command) -> None:
     command(f"pretrain {FOLDER} dataset.root=mine --limit 1 --no-evals run.name=m")
     (Path("mine") / "train" / "a" / "00.png").unlink()
     assert "are not those the run began with" in command("pretrain --resume m train.limit=2", 4).err
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("features", ["", "data.features=host"])
+def test_of_two_ranks_one_cannot_read_an_image_and_both_end(workdir: Path, features: str) -> None:
+    make_images(Path("images"), count=12)
+    data = f"--dataset folder dataset.root=images train.device=cpu run.tracking_uri={NOWHERE}"
+    typed(f"pretrain {METHOD} {data} train.batch_size=8 train.epochs=1 run.evals=[]", workdir)
+    # Sorted by name the second rank has it; a cache would know the images from before.
+    Path("images/train/b/11.png").write_bytes(b"no image")
+    said = typed(f"eval knn last --devices 2 k=3 data.cache=false {features}", workdir, code=4)
+    assert "11.png" in said
+    assert "Traceback" not in said
