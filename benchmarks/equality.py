@@ -31,21 +31,25 @@ _ONE_GROUP = {"train": {"sync_bn": True}}
 
 #: Every method that trains, small, and those settings of it that meet other collectives.
 METHODS = (
+    Checked("barlow", _SMALL),
     Checked("byol", _SMALL),
     Checked("deepcluster", {"clusters": 5}),
     Checked("deepcluster_v2", _CLUSTERS),
     Checked("deepinfomax", {"global_weight": 0.5, "cells": 20}),
     Checked("moco", {**_MOCO, "bn_groups": 4}, uneven=False, title="moco, groups"),
     Checked("moco", {**_MOCO, "bn_groups": 1}, _ONE_GROUP, title="moco, one group"),
+    Checked("nnclr", {**_SMALL, "predictor_hidden": 16, "queue": 56}),
     Checked("relationnet", {"hidden": 16}),
     Checked("rotationnet"),
     Checked("scrl", {**_SMALL, "boxes": {"per_image": 3}}),
     Checked("sela_v2", _CLUSTERS),
     Checked("simclr", _SMALL),
     Checked("simclr", {**_SMALL, "loss": "log-mean"}, title="simclr, log-mean"),
+    Checked("simsiam", {**_SMALL, "bottleneck": 4}),
     Checked("supervised"),
     Checked("swav", {**_SMALL, "prototypes": 6}),
     Checked("swav", {**_SMALL, "prototypes": 6, "queue": 16, "queue_from_epoch": 0}, title="swav, queue"),
+    Checked("vicreg", _SMALL),
 )
 _HEAD = """# Several processes train as one
 

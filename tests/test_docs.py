@@ -90,7 +90,7 @@ PRETRAIN = [
 
 @pytest.mark.parametrize("command", PRETRAIN, ids=_name)
 def test_quoted_pretraining_commands_compose(command: Command, workdir: Path) -> None:
-    (workdir / "vicreg.py").write_text(_example("plugins.md"))
+    (workdir / "my_vicreg.py").write_text(_example("plugins.md"))
     arguments = [*command.words, "--dry-run"]
     if command.fails:
         with pytest.raises(SslbenchError):
@@ -101,10 +101,20 @@ def test_quoted_pretraining_commands_compose(command: Command, workdir: Path) ->
 
 def test_the_example_plugin_is_short_and_trains(cli: Any, workdir: Path) -> None:
     source = _example("plugins.md")
-    (workdir / "vicreg.py").write_text(source)
+    (workdir / "my_vicreg.py").write_text(source)
     assert len(source.splitlines()) < 60
-    run = ["pretrain", "--method", "vicreg", "--dataset", "digits", "--no-evals", "--limit", "3", "probe.every=0"]
-    assert "3 steps" in cli("-p", "vicreg.py", *run).stdout
+    run = [
+        "pretrain",
+        "--method",
+        "my_vicreg",
+        "--dataset",
+        "digits",
+        "--no-evals",
+        "--limit",
+        "3",
+        "probe.every=0",
+    ]
+    assert "3 steps" in cli("-p", "my_vicreg.py", *run).stdout
 
 
 def _example(page: str) -> str:

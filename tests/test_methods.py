@@ -8,7 +8,19 @@ import pytest
 import torch
 from methods_kit import batch, build, make
 from pydantic import ValidationError
-from sslbench_plugins.methods import byol, random, relationnet, rotationnet, scrl, simclr, supervised
+from sslbench_plugins.methods import (
+    barlow,
+    byol,
+    nnclr,
+    random,
+    relationnet,
+    rotationnet,
+    scrl,
+    simclr,
+    simsiam,
+    supervised,
+    vicreg,
+)
 
 from sslbench.errors import ConfigError, PluginError
 from sslbench.nn.bootstrap import BootstrapConfig
@@ -21,6 +33,10 @@ TRAINED = [
     supervised.Supervised,
     relationnet.RelationNet,
     rotationnet.RotationNet,
+    barlow.BarlowTwins,
+    vicreg.VICReg,
+    simsiam.SimSiam,
+    nnclr.NNCLR,
 ]
 BOOTSTRAPPED = [byol.BYOL, scrl.SCRL]
 
@@ -132,7 +148,17 @@ def test_byol_loss_is_the_symmetric_distance_of_predictions_and_targets() -> Non
     torch.testing.assert_close(method(data)["loss"], expected)
 
 
-@pytest.mark.parametrize("config", [simclr.SimCLRConfig, BootstrapConfig])
+@pytest.mark.parametrize(
+    "config",
+    [
+        simclr.SimCLRConfig,
+        BootstrapConfig,
+        barlow.BarlowTwinsConfig,
+        vicreg.VICRegConfig,
+        simsiam.SimSiamConfig,
+        nnclr.NNCLRConfig,
+    ],
+)
 @pytest.mark.parametrize("views", [[{}], [{"count": 3}], [{"size": 32}, {"size": 64}]])
 def test_wrong_views_are_refused(config, views) -> None:
     with pytest.raises(ValidationError, match="two views of one size"):
@@ -166,7 +192,10 @@ def test_random_only_provides_weights() -> None:
         method(batch())
 
 
-@pytest.mark.parametrize("module", [byol, random, relationnet, rotationnet, scrl, simclr, supervised])
+@pytest.mark.parametrize(
+    "module",
+    [barlow, byol, nnclr, random, relationnet, rotationnet, scrl, simclr, simsiam, supervised, vicreg],
+)
 def test_plugin_modules_offer_the_method_they_are_named_after(module) -> None:
     (cls,) = module.sslbench_methods()
     assert cls.name == module.__name__.rsplit(".", 1)[1]

@@ -12,16 +12,20 @@ import pytest
 import torch
 from methods_kit import batch, make
 from sslbench_plugins.methods import (
+    barlow,
     byol,
     deepcluster,
     deepcluster_v2,
     deepinfomax,
     moco,
+    nnclr,
     relationnet,
     rotationnet,
     sela_v2,
     simclr,
+    simsiam,
     swav,
+    vicreg,
 )
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -32,6 +36,10 @@ WAITING = {"lift_fresh", "_local_scalar_dense", "nonzero", "equal", "masked_sele
 STEP = Progress(30, 50, 10)
 CASES: list[tuple[type[Method], int, dict[str, Any]]] = [
     (simclr.SimCLR, 2, {}),
+    (barlow.BarlowTwins, 2, {}),
+    (vicreg.VICReg, 2, {}),
+    (simsiam.SimSiam, 2, {}),
+    (nnclr.NNCLR, 2, {"queue": 16}),
     (byol.BYOL, 2, {}),
     (moco.MoCo, 2, {"queue": 16, "knn_weight": 0.4, "knn_topk": 3, "enqueue": "before-neighbours"}),
     (swav.SwAV, 2, {"queue": 16, "queue_from_epoch": 0, "hard": True}),

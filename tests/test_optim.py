@@ -45,7 +45,7 @@ def network(seed: int = 0) -> nn.Module:
 def train(module: nn.Module, optimizer: torch.optim.Optimizer, steps: range) -> None:
     for step in steps:
         images = torch.randn(4, 3, 6, 6, generator=torch.Generator().manual_seed(step))
-        set_learning_rate(optimizer, 0.1 / (step + 1))
+        set_learning_rate(optimizer, 0.1 / (step + 1), peak=0.1)
         optimizer.zero_grad()
         module(images).square().sum().backward()
         optimizer.step()
@@ -137,7 +137,7 @@ def test_lars_matches_the_slow_reference(norm, excluded_lr, nesterov):
             gradients["a"].zero_()
         for name, p in module.named_parameters():
             p.grad = gradients[name]
-        set_learning_rate(optimizer, lr)
+        set_learning_rate(optimizer, lr, peak=0.3)
         optimizer.step()
         reference.step(gradients, lr)
     for name, p in module.named_parameters():
@@ -249,8 +249,46 @@ def test_groups_of_a_method_keep_their_scale_and_overrides():
     optimizer = build_optimizer(options, groups, module, 512)
     facts = [(g["lr"], g["weight_decay"], len(g["params"])) for g in optimizer.param_groups]
     assert facts == [(0.4, 0.1, 1), (0.4, 0.0, 2), (4.0, 0.5, 1), (4.0, 0.0, 1)]
-    set_learning_rate(optimizer, 0.01)
+    set_learning_rate(optimizer, 0.01, peak=0.1)
     assert [g["lr"] for g in optimizer.param_groups] == [0.01, 0.01, 0.1, 0.1]
+
+
+def test_a_group_with_a_constant_schedule_keeps_the_peak_rate():
+    module = network()
+    named = list(module.named_parameters())
+    groups = [{"params": named[:3]}, {"params": named[3:], "lr_scale": 2.0, "schedule": "constant"}]
+    optimizer = build_optimizer(OptimOptions(name="sgd", lr=0.1), groups, module, 256)
+    for lr, peak in ((0.1, 0.1), (0.001, 0.1), (0.0005, 0.05)):  # the last one after a roll-back at half the rate
+        set_learning_rate(optimizer, lr, peak)
+        assert [group["lr"] for group in optimizer.param_groups] == [lr, lr, 2 * peak, 2 * peak]
+
+
+def test_a_constant_schedule_survives_resuming():
+    module = network()
+    groups = [{"params": list(module.named_parameters()), "schedule": "constant"}]
+    optimizer, again = (build_optimizer(OptimOptions(name="sgd", lr=0.1), groups, module, 256) for _ in range(2))
+    again.load_state_dict(optimizer.state_dict())
+    set_learning_rate(again, 0.01, peak=0.1)
+    assert [group["lr"] for group in again.param_groups] == [0.1, 0.1]
+
+
+def test_an_unknown_schedule_of_a_group_is_refused():
+    module = network()
+    with pytest.raises(PluginError, match="a group with schedule 'cosine'"):
+        build_optimizer(
+            OptimOptions(), [{"params": list(module.named_parameters()), "schedule": "cosine"}], module, 8
+        )
+
+
+def test_clipped_lars_takes_the_ratio_for_a_rate_of_at_most_lr():
+    module = Vectors(near=torch.ones(4), far=torch.full((4,), 100.0))
+    optimizer = build_optimizer(lars(lars_clip=True, lr=0.5, weight_decay=0, trust=0.02), None, module, 256)
+    module.near.grad, module.far.grad = torch.ones(4), torch.ones(4)
+    optimizer.step()
+    torch.testing.assert_close(module.near.detach(), torch.full((4,), 0.98))  # 0.02 * |w| / |g|
+    torch.testing.assert_close(module.far.detach(), torch.full((4,), 99.5))  # 2, more than lr
+    with pytest.raises(ValidationError, match="lars_clip exists for name 'lars' only"):
+        OptimOptions(name="sgd", lars_clip=True)
 
 
 def test_frozen_parameters_are_left_out():

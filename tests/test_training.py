@@ -257,4 +257,9 @@ def test_methods_declare_what_adds_up() -> None:
 
     catalog = Catalog()
     methods = {entry.name: catalog.load("method", entry.name) for entry in catalog.entries("method")}
-    assert {name for name, cls in methods.items() if cls.accumulates} == {"byol", "rotationnet", "supervised"}
+    assert {name for name, cls in methods.items() if cls.accumulates} == {
+        "byol",
+        "rotationnet",
+        "simsiam",
+        "supervised",
+    }

@@ -14,8 +14,8 @@ from torch import Tensor
 
 from sslbench.nn.heads import Activation, mlp
 from sslbench.nn.losses import nt_xent, nt_xent_log_of_mean
-from sslbench.nn.two_views import TwoViewConfig, stack_views
-from sslbench.plugin.api import Batch, Blur, Build, Jitter, Method, ViewSpec
+from sslbench.nn.two_views import SIMCLR_VIEWS, TwoViewConfig, stack_views
+from sslbench.plugin.api import Batch, Build, Method, ViewSpec
 from sslbench.plugin.hooks import hookimpl
 
 _LOSSES = {"mean-log": nt_xent, "log-mean": nt_xent_log_of_mean}
@@ -24,15 +24,7 @@ _LOSSES = {"mean-log": nt_xent, "log-mean": nt_xent_log_of_mean}
 class SimCLRConfig(TwoViewConfig):
     """Options of SimCLR."""
 
-    views: tuple[ViewSpec, ...] = (
-        ViewSpec(
-            count=2,
-            scale=(0.08, 1.0),
-            jitter=Jitter(p=0.8, brightness=0.8, contrast=0.8, saturation=0.8, hue=0.2),
-            gray=0.2,
-            blur=Blur(p=0.5),
-        ),
-    )
+    views: tuple[ViewSpec, ...] = SIMCLR_VIEWS
     """Two views of one size."""
     hidden: int | None = Field(None, ge=1)
     """Hidden width of the projection head; unset: the backbone's width (as the paper), at least 256."""

@@ -139,6 +139,8 @@ class OptimOptions(Options):
     """LARS trust coefficient (eta)."""
     lars_norm: Literal["joint", "separate"] = "joint"
     """LARS denominator: `joint`: |g + wd*w| (BYOL authors); `separate`: |g| + wd*|w| (torchlars, SCRL)."""
+    lars_clip: bool = False
+    """Take LARS' ratio of norms for the layer's rate itself, at most `lr` (LARC), instead of a factor on `lr`."""
     schedule: Literal["cosine", "constant", "step"] = "cosine"
     """What happens to the learning rate after the warm-up."""
     warmup_epochs: float = Field(0.0, ge=0)
@@ -160,6 +162,8 @@ class OptimOptions(Options):
     def _known_combinations(self) -> OptimOptions:
         if self.excluded_lr == "lr-squared" and self.name != "lars":
             raise ValueError("excluded_lr 'lr-squared' exists for name 'lars' only")
+        if self.lars_clip and self.name != "lars":
+            raise ValueError("lars_clip exists for name 'lars' only")
         if self.lr_rule != "linear" and self.lr_per is None:
             raise ValueError(f"lr_rule '{self.lr_rule}' scales by lr_per, which is not set")
         if self.nesterov and self.momentum == 0:

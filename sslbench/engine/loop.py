@@ -211,7 +211,7 @@ class Loop:
             self._start_epoch(progress.epoch)
         # Dropout and the like draw from torch's generators: seeding them per step makes a resumed run exact.
         torch.manual_seed(derive_seed(self.core.run.seed, "step", progress.step, comm.rank()))
-        set_learning_rate(self.optimizer, self._lr(progress.step))
+        set_learning_rate(self.optimizer, self._lr(progress.step), self.peak)
         first = progress.step == self.plan.start_step
         output = self._gradients(batch, first)
         if first:

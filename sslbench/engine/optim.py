@@ -33,16 +33,18 @@ def build_optimizer(
     Args:
         options: its options.
         groups: what ``Method.param_groups`` returned: ``{"params": [(name, parameter)], "lr_scale": 1.0, ...}``,
-            where further keys (such as ``weight_decay``) override the options; None: all of ``module``.
+            where ``"schedule": "constant"`` keeps a group at the peak rate, and further keys (such as
+            ``weight_decay``) override the options; None: all of ``module``.
         module: the method.
         batch_size: images in the global batch, for linear scaling.
 
     Raises:
-        PluginError: a trainable parameter of ``module`` is in no group, or in more than one.
+        PluginError: a trainable parameter of ``module`` is in no group or in several, or a schedule is unknown.
     """
     if groups is None:
         groups = [{"params": list(module.named_parameters())}]
     _check_coverage(groups, module)
+    _check_schedules(groups, module)
     peak = peak_lr(options, batch_size)
     split = [part for group in groups for part in _split_group(options, group, peak)]
     if options.name == "lars":
@@ -55,6 +57,7 @@ def build_optimizer(
             trust=options.trust,
             joint_norm=options.lars_norm == "joint",
             squared_lr=options.excluded_lr == "lr-squared",
+            clip=options.lars_clip,
         )
     if options.name == "sgd":
         # Not fused: that fails when a parameter gets its first gradient after others have momentum.
@@ -63,10 +66,16 @@ def build_optimizer(
     return adam(split, lr=peak, betas=options.betas, fused=True)
 
 
-def set_learning_rate(optimizer: Optimizer, lr: float) -> None:
-    """Set the learning rate of every group to ``lr`` times the group's ``lr_scale``."""
+def set_learning_rate(optimizer: Optimizer, lr: float, peak: float) -> None:
+    """Set the learning rate of every group to ``lr`` times the group's ``lr_scale``.
+
+    Args:
+        lr: what the schedule says for this step.
+        peak: of the schedule, which groups with ``"schedule": "constant"`` have in every step instead.
+    """
     for group in optimizer.param_groups:
-        group["lr"] = lr * group["lr_scale"]
+        constant = group.get("schedule") == "constant"
+        group["lr"] = (peak if constant else lr) * group["lr_scale"]
 
 
 def is_excluded(rule: str, name: str, parameter: Tensor) -> bool:
@@ -110,6 +119,15 @@ def _check_coverage(groups: Iterable[Mapping[str, Any]], module: nn.Module) -> N
         )
 
 
+def _check_schedules(groups: Iterable[Mapping[str, Any]], module: nn.Module) -> None:
+    for group in groups:
+        if group.get("schedule", "constant") != "constant":
+            raise PluginError(
+                f"param_groups() of {type(module).__name__} has a group with schedule {group['schedule']!r}",
+                hint="the only one is 'constant'; a group without it follows optim.schedule",
+            )
+
+
 def _shorten(names: Sequence[str], shown: int = 5) -> str:
     more = f" and {len(names) - shown} more" if len(names) > shown else ""
     return ", ".join(names[:shown]) + more
@@ -132,6 +150,7 @@ class Lars(Untraced):
         joint_norm: True: ``norm = |g + wd*w|`` (BYOL, Grill et al., 2020); False: ``|g| + wd*|w| + 1e-8``
             (the paper; torchlars).
         squared_lr: multiply the gradient of groups with ``adapt: False`` by the learning rate once more.
+        clip: take the ratio of norms for a learning rate of its own, at most ``lr``, instead of a factor on it.
     """
 
     def __init__(
@@ -145,6 +164,7 @@ class Lars(Untraced):
         trust: float = 1e-3,
         joint_norm: bool = True,
         squared_lr: bool = False,
+        clip: bool = False,
     ) -> None:
         defaults = {
             "lr": lr,
@@ -155,6 +175,7 @@ class Lars(Untraced):
             "trust": trust,
             "joint_norm": joint_norm,
             "squared_lr": squared_lr,
+            "clip": clip,
             "adapt": True,
         }
         super().__init__(params, defaults)
@@ -210,6 +231,8 @@ def _adapted(weights: list[Tensor], gradients: list[Tensor], group: Mapping[str,
         measured = norms(gradients, weights)
         denominators = measured + decay * weight_norms + 1e-8
     ratios = group["trust"] * weight_norms / denominators
+    if group["clip"] and group["lr"] > 0:
+        ratios = (ratios / group["lr"]).clamp(max=1.0)
     # A tensor at zero takes an unscaled step, otherwise it could never leave zero.
     ratios = torch.where(weight_norms > 0, ratios, 1.0)
     # One without gradient is not decayed either: the published programs adapt and decay together or not at all.

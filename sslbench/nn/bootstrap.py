@@ -12,20 +12,17 @@ from sslbench import comm
 from sslbench.nn.ema import EMA, cosine_momentum
 from sslbench.nn.heads import mlp
 from sslbench.nn.losses import byol_distance
-from sslbench.nn.two_views import TwoViewConfig, stack_views
+from sslbench.nn.two_views import BYOL_VIEWS, TwoViewConfig, stack_views
 from sslbench.plugin.api import (
     Backbone,
     Batch,
-    Blur,
     Build,
     Features,
-    Jitter,
     Method,
     Progress,
     ViewSpec,
 )
 
-_JITTER = Jitter(p=0.8, brightness=0.4, contrast=0.4, saturation=0.2, hue=0.1)
 _WIDE_BACKBONE = 512
 
 Pool = Callable[[Features], Tensor]
@@ -35,10 +32,7 @@ Pool = Callable[[Features], Tensor]
 class BootstrapConfig(TwoViewConfig):
     """Options of methods that predict a target network's output."""
 
-    views: tuple[ViewSpec, ...] = (
-        ViewSpec(scale=(0.2, 1.0), jitter=_JITTER, gray=0.2, blur=Blur(p=1.0)),
-        ViewSpec(scale=(0.2, 1.0), jitter=_JITTER, gray=0.2, blur=Blur(p=0.1), solarize=0.2),
-    )
+    views: tuple[ViewSpec, ...] = BYOL_VIEWS
     """Two views of one size; they differ in blur and solarisation (BYOL, appendix B)."""
     hidden: int | None = Field(None, ge=1)
     """Hidden width of projector and predictor; unset: 4096 for backbones of 512 features or more, else 512."""

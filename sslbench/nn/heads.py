@@ -11,7 +11,13 @@ Activation = Literal["relu", "leaky-relu"]
 _ACTIVATIONS: dict[Activation, type[nn.ReLU | nn.LeakyReLU]] = {"relu": nn.ReLU, "leaky-relu": nn.LeakyReLU}
 
 
-def mlp(*dims: int, norm: bool = True, final_bias: bool = True, activation: Activation = "relu") -> nn.Sequential:
+def mlp(
+    *dims: int,
+    norm: bool = True,
+    final_bias: bool = True,
+    final_norm: Literal["affine", "plain"] | None = None,
+    activation: Activation = "relu",
+) -> nn.Sequential:
     """A multi-layer perceptron on rows: Linear, BatchNorm, activation for each hidden layer, then Linear.
 
     Hidden linear layers keep their bias before the normalisation, as in every paper's code that we follow, so
@@ -21,6 +27,8 @@ def mlp(*dims: int, norm: bool = True, final_bias: bool = True, activation: Acti
         dims: widths from input to output, at least two; ``mlp(2048, 4096, 256)`` has one hidden layer.
         norm: batch normalisation of the hidden layers (off in MoCo v2).
         final_bias: bias of the last layer (off in BYOL and SCRL).
+        final_norm: batch normalisation of the output, with learnt scale and shift (``affine``, NNCLR) or without
+            (``plain``, SimSiam).
         activation: ``leaky-relu`` (slope 0.01) is what the relational reasoning code uses.
     """
     layers: list[nn.Module] = []
@@ -30,4 +38,6 @@ def mlp(*dims: int, norm: bool = True, final_bias: bool = True, activation: Acti
             layers.append(nn.BatchNorm1d(next_width))
         layers.append(_ACTIVATIONS[activation](inplace=True))
     layers.append(nn.Linear(dims[-2], dims[-1], bias=final_bias))
+    if final_norm:
+        layers.append(nn.BatchNorm1d(dims[-1], affine=final_norm == "affine"))
     return nn.Sequential(*layers)

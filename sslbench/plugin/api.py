@@ -273,7 +273,10 @@ class Method(nn.Module, ABC):
         """Return ``{"loss": fp32 scalar, ...}``; other scalars are logged as ``train/<key>``."""
 
     def param_groups(self) -> list[dict[str, Any]] | None:
-        """Optimiser groups ``{"params": [(name, parameter)], "lr_scale": 1.0}``; None: one group of everything."""
+        """Optimiser groups ``{"params": [(name, parameter)], "lr_scale": 1.0}``; None: one group of everything.
+
+        ``"schedule": "constant"`` keeps a group at the peak learning rate, without warm-up and decay.
+        """
         return None
 
     def start_epoch(self, epoch: int, images: TrainingImages) -> None:
