@@ -37,9 +37,9 @@ def main() -> int:
             times = options.times or max(1, round(fault.times * options.times_factor))
             rows.append(inflict(key, fault, work / key, times, options.seed))
             _show(rows[-1], shown, console)
+            write(rows, options.out)  # whoever stops it keeps what has been found
             if rows[-1].held:
                 shutil.rmtree(work / key, ignore_errors=True)
-    write(rows, options.out)
     console.print(f"written: {options.out / 'chaos.md'}, {options.out / 'chaos.json'}")
     if all(row.held for row in rows):
         shutil.rmtree(work, ignore_errors=True)

@@ -11,9 +11,9 @@ import sys
 import time
 import traceback
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from fnmatch import fnmatchcase
-from functools import partial
+from functools import cache, partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -26,7 +26,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "benchmarks"))
 
 from harness import machine, table
 
-HEADER = ("fault", "tried", "held", "most lost steps", "result", "seconds", "repeat with `python -m chaos`")
+HEADER = (
+    "fault", "tried", "held", "most lost steps", "result", "seconds", "at", "repeat with `python -m chaos`"
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -40,6 +42,8 @@ class Row:
     seconds: float
     repeat: str
     """Options that repeat this row alone."""
+    at: str = ""
+    """Commit and day."""
 
     @property
     def held(self) -> bool:
@@ -48,7 +52,8 @@ class Row:
     def cells(self) -> tuple[str, ...]:
         found = self.finding
         numbers = (str(found.tried), str(found.held), str(found.lost_steps))
-        return self.name, *numbers, found.result.replace("|", "/"), f"{self.seconds:.0f}", f"`{self.repeat}`"
+        told = found.result.replace("|", "/")
+        return self.name, *numbers, told, f"{self.seconds:.0f}", self.at, f"`{self.repeat}`"
 
 
 def find_faults(only: str = "*") -> dict[str, Fault]:
@@ -75,19 +80,38 @@ def inflict(key: str, fault: Fault, folder: Path, times: int, seed: int) -> Row:
 
 
 def write(rows: Sequence[Row], out: Path) -> None:
-    """``chaos.md`` for people, ``chaos.json`` for programs."""
-    facts = machine() | {"versions": {name: version(name) for name in ("torch", "mlflow", "numpy", "sslbench")}}
+    """``chaos.md`` for people, ``chaos.json`` for programs.
+
+    Rows of faults that were not inflicted this time stay as they are there, with their own commit and day.
+    """
+    facts = _facts()
     out.mkdir(parents=True, exist_ok=True)
+    at = f"{facts['commit'] or 'unknown'}, {facts['date']}"
+    known = _earlier(out / "chaos.json") | {row.key: replace(row, at=at) for row in rows}
+    rows = [known[key] for key in find_faults() if key in known]
     content = {"facts": facts, "rows": [asdict(row) | {"ok": row.held} for row in rows]}
     (out / "chaos.json").write_text(json.dumps(content, indent=1) + "\n")
     (out / "chaos.md").write_text(_markdown(rows, facts))
+
+
+@cache
+def _facts() -> dict[str, Any]:
+    """Once: the report itself would make the commit a changed one."""
+    return machine() | {"versions": {name: version(name) for name in ("torch", "mlflow", "numpy", "sslbench")}}
+
+
+def _earlier(report: Path) -> dict[str, Row]:
+    if not report.exists():
+        return {}
+    rows = [{key: row[key] for key in row if key != "ok"} for row in json.loads(report.read_text())["rows"]]
+    return {row["key"]: Row(**row | {"finding": Finding(**row["finding"])}) for row in rows}
 
 
 def _markdown(rows: Sequence[Row], facts: Mapping[str, Any]) -> str:
     tried, held = (sum(getattr(row.finding, name) for row in rows) for name in ("tried", "held"))
     failed = [row for row in rows if not row.held]
     said = [
-        f"`{facts['command']}` at {facts['commit'] or 'an unknown commit'}, {facts['date']}.",
+        f"`{facts['command']}` was the last of the commands that made it; each row names its commit and day.",
         f"{facts['cpu']}, {facts['cores']} cores, GPU: {facts['gpu'] or 'none'}, {facts['system']}.",
         ", ".join(f"{name} {number}" for name, number in facts["versions"].items()) + ".",
         f"{len(rows)} faults, inflicted {tried} times; as promised {held} times.",
