@@ -17,6 +17,7 @@ from sslbench.config.tree import Tree, parse_overrides, plain
 from sslbench.config.validate import validate_section
 from sslbench.engine import checkpoint
 from sslbench.engine.console import Console
+from sslbench.engine.observe import identity_of
 from sslbench.engine.rollback import TAG
 from sslbench.engine.setup import choose_device
 from sslbench.errors import ConfigError, described
@@ -29,6 +30,7 @@ from sslbench.report.compare import compare
 from sslbench.report.results import load_results
 from sslbench.report.table import overview
 from sslbench.tracking import ParentRef, RunRecord, Tracker, describe_experiment, headline
+from sslbench.tracking.plugins import Identities
 
 logger = logging.getLogger(__name__)
 
@@ -168,7 +170,8 @@ def evaluate_run(plan: EvalPlan, catalog: Catalog, console: Console) -> EvalOutc
     check_task(plan.protocol, dataset)
     subject = plan.protocol.subject(dataset.key)
     out_dir = evaluation_dir(plan.run_dir, plan.protocol.name, subject)
-    tracker = _open_tracker(plan, dataset, console)
+    plugins = _took_part(plan, meta, catalog) if comm.rank() == 0 else []
+    tracker = _open_tracker(plan, dataset, console, plugins)
     children: list[EvalOutcome] = []
 
     def run_child(
@@ -276,7 +279,15 @@ def _section(values: Any, name: str) -> Tree:
     return dict(values)
 
 
-def _open_tracker(plan: EvalPlan, dataset: Dataset, console: Console) -> Tracker:
+def _took_part(plan: EvalPlan, meta: checkpoint.CheckpointMeta, catalog: Catalog) -> Identities:
+    return [
+        identity_of(catalog, "eval", plan.protocol.name),
+        identity_of(catalog, "dataset", plan.dataset_name),
+        identity_of(catalog, "backbone", meta.backbone.name),
+    ]
+
+
+def _open_tracker(plan: EvalPlan, dataset: Dataset, console: Console, plugins: Identities) -> Tracker:
     inherited = ("sslbench.method", "sslbench.backbone", "sslbench.limited", "sslbench.config_hash", TAG)
     tags = {key: plan.record.tags[key] for key in inherited if key in plan.record.tags}
     tags |= {
@@ -295,6 +306,7 @@ def _open_tracker(plan: EvalPlan, dataset: Dataset, console: Console) -> Tracker
         params=plan.tree(),
         tags=tags,
         log=console.info,
+        plugins=plugins,
     )
     tracker.dataset(dataset.key, fingerprint, plan.protocol.name)
     return tracker

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from sslbench import __version__
-from sslbench.config.compose import Layer, labelled, spelled_out
+from sslbench.config.compose import PLUGIN_SECTIONS, Layer, labelled, spelled_out
 from sslbench.config.options import Options
 from sslbench.config.registry import Registry
 from sslbench.config.schema import DataOptions, RunOptions, TrainOptions
@@ -18,6 +18,7 @@ from sslbench.config.validate import ConfigProblems, Problem, check
 from sslbench.engine import checkpoint, foreign
 from sslbench.engine.checkpoint import BackboneMeta, CheckpointMeta
 from sslbench.engine.console import Console
+from sslbench.engine.observe import identity_of
 from sslbench.engine.setup import DEFAULT_SIZE
 from sslbench.errors import did_you_mean
 from sslbench.launch.recording import open_tracker
@@ -25,6 +26,7 @@ from sslbench.plugin.api import Backbone, Dataset
 from sslbench.plugin.catalog import Catalog, Kind
 from sslbench.rng import derive_seed
 from sslbench.tracking import Tracker
+from sslbench.tracking.plugins import Identities
 
 Color = tuple[float, float, float]
 
@@ -52,6 +54,8 @@ class ImportPlan:
     std: Color
     sections: Tree
     """The complete configuration, as evaluations of the run will read it."""
+    registries: Identities
+    """Of the packages that the recipe came from."""
 
     @property
     def backbone_label(self) -> str:
@@ -124,6 +128,7 @@ def plan_import(
         mean=mean or (dataset.info.mean if dataset else IMAGENET_MEAN),
         std=std or (dataset.info.std if dataset else IMAGENET_STD),
         sections=named | plain(sections) | {"recipe": recipe},
+        registries=registry.sources_of(recipe) if recipe else [],
     )
 
 
@@ -183,7 +188,7 @@ def import_weights(plan: ImportPlan, catalog: Catalog, root: Path, console: Cons
     weights = foreign.read_weights(plan.file, plan.layout)
     filled = foreign.load_into(plan.backbone, weights, plan.file)
     sha256 = checkpoint.sha256_of(plan.file)
-    tracker = _open_tracker(plan, weights, sha256, root, console)
+    tracker = _open_tracker(plan, weights, sha256, root, console, _took_part(plan, catalog))
     label = _label(plan, weights)
     with tracker.closing():
         meta = _meta(plan, weights, label, sha256, catalog)
@@ -240,13 +245,18 @@ def _meta(plan: ImportPlan, weights: foreign.Weights, label: str, sha256: str, c
         mean=plan.mean,
         std=plan.std,
         config_hash=_config_hash(plan, sha256),
-        plugins=[catalog.find("backbone", plan.backbone_name).identity() | {"kind": "backbone"}],
+        plugins=[identity_of(catalog, "backbone", plan.backbone_name)],
         sslbench=__version__,
     )
 
 
 def _open_tracker(
-    plan: ImportPlan, weights: foreign.Weights, sha256: str, root: Path, console: Console
+    plan: ImportPlan,
+    weights: foreign.Weights,
+    sha256: str,
+    root: Path,
+    console: Console,
+    plugins: Identities,
 ) -> Tracker:
     dataset = plan.dataset.key if plan.dataset else UNKNOWN
     origin = {"file": str(plan.file.resolve()), "sha256": sha256, "layout": weights.layout.name}
@@ -276,4 +286,10 @@ def _open_tracker(
         params=plan.sections | {"import": origin},
         tags=tags,
         log=console.info,
+        plugins=plugins,
     )
+
+
+def _took_part(plan: ImportPlan, catalog: Catalog) -> Identities:
+    chosen = [identity_of(catalog, k, plan.sections[k]["name"]) for k in PLUGIN_SECTIONS if k in plan.sections]
+    return [*chosen, *plan.registries]

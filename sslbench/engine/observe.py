@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from pathlib import Path
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from sslbench import __version__, comm
@@ -19,17 +18,19 @@ from sslbench.engine.stopping import StopSignal
 from sslbench.engine.trained import Trained, WholeBackbone
 from sslbench.errors import CheckpointError, DivergedError
 from sslbench.evaluation.probes import OnlineProbes, collapse_warning
-from sslbench.plugin.catalog import Catalog
+from sslbench.plugin.catalog import Catalog, Kind
+from sslbench.plugin.extensions import Extension
 from sslbench.tracking import Tracker
 
 
 class Extensions:
     """The observers of other packages. Whatever they do, they cannot end a run."""
 
-    def __init__(self, catalog: Catalog, run_dir: Path, console: Console) -> None:
-        self.run_dir = run_dir
+    def __init__(self, all_: Sequence[Extension], tracker: Tracker, console: Console) -> None:
+        self.tracker = tracker
+        self.run_dir = tracker.run_dir
         self.console = console
-        self.all = catalog.extensions()
+        self.all = all_
         for extension in self.all:
             if extension.problem and comm.rank() == 0:
                 console.warn(f"{extension.problem}; the run goes on without it")
@@ -41,6 +42,7 @@ class Extensions:
         for extension in self.all:
             failure = extension.tell(hook, run_dir=self.run_dir, **arguments)
             if failure:
+                self.tracker.plugins([extension.identity()])
                 self.console.warn(f"{failure}; the run goes on, further failures of it are not shown")
 
 
@@ -176,6 +178,18 @@ class RunObserver:
         self.extensions.tell("sslbench_metrics_logged", step=step, metrics=values)
 
 
+def took_part(composed: Composed, catalog: Catalog, extensions: Sequence[Extension]) -> list[dict[str, str]]:
+    """Identities of all code of others, or that could be, behind a run: plugins, registries, extensions."""
+    sections = (composed.method, composed.backbone, composed.dataset)
+    chosen = [identity_of(catalog, s.kind, s.name) for s in sections]
+    return [*chosen, *map(dict, composed.registries), *(extension.identity() for extension in extensions)]
+
+
+def identity_of(catalog: Catalog, kind: Kind, name: str) -> dict[str, str]:
+    """A plugin's identity as runs and checkpoints record it."""
+    return {"kind": kind, **catalog.find(kind, name).identity()}
+
+
 def describe(composed: Composed, catalog: Catalog, parts: Parts, step: int, epoch: int) -> CheckpointMeta:
     """The meta data of a checkpoint of this run."""
     info, backbone = parts.dataset.info, parts.method.export()
@@ -199,6 +213,6 @@ def describe(composed: Composed, catalog: Catalog, parts: Parts, step: int, epoc
         mean=info.mean,
         std=info.std,
         config_hash=composed.hash(),
-        plugins=[catalog.find(s.kind, s.name).identity() | {"kind": s.kind} for s in sections],
+        plugins=[identity_of(catalog, s.kind, s.name) for s in sections],
         sslbench=__version__,
     )

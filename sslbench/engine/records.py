@@ -50,6 +50,9 @@ def _part_problem(raw: Mapping[str, Any]) -> str | None:
         _is_texts(item) and {"name", "digest", "context"} <= set(item) for item in datasets or []
     ):
         return "datasets is no list of data sets"
+    plugins = raw.get("plugins") or []
+    if not isinstance(plugins, list) or not all(_is_texts(item) and "kind" in item for item in plugins):
+        return "plugins is no list of plugins"
     if not isinstance(checkpoints or {}, dict) or not all(
         isinstance(meta, dict) for meta in (checkpoints or {}).values()
     ):

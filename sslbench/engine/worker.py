@@ -19,7 +19,7 @@ from sslbench.engine.checkpoint import CheckpointMeta
 from sslbench.engine.console import Console
 from sslbench.engine.evaluate import EvalOutcome, evaluate_run, finished_result, plan_after_pretraining
 from sslbench.engine.loop import Loop, Meter
-from sslbench.engine.observe import Extensions, RunObserver
+from sslbench.engine.observe import Extensions, RunObserver, took_part
 from sslbench.engine.optim import build_optimizer
 from sslbench.engine.precision import loss_scaler
 from sslbench.engine.schedule import peak_lr
@@ -41,6 +41,7 @@ from sslbench.launch.recording import open_tracker
 from sslbench.plugin.catalog import Catalog
 from sslbench.rng import derive_seed
 from sslbench.tracking import RunRecord, Tracker
+from sslbench.tracking.plugins import Identities
 
 
 @dataclass
@@ -88,11 +89,13 @@ def pretrain(
         parts = build_parts(composed, console.info, start)
         if resume is not None:
             _warn_of_other_arithmetic(parts, resume, console)
-        tracker = _open_tracker(composed, parts, root, console, resume, start.sha256 if start else "")
+        observers = catalog.extensions()
+        plugins = took_part(composed, catalog, observers) if comm.rank() == 0 else []
+        tracker = _open_tracker(composed, parts, root, console, resume, start.sha256 if start else "", plugins)
     if comm.rank() == 0:
         console.info(_introduction(composed, parts, tracker))
     stop = StopSignal()
-    extensions = Extensions(catalog, tracker.run_dir, console)
+    extensions = Extensions(observers, tracker, console)
     try:
         with tracker.closing(), stop.listening():
             steps = _train(composed, catalog, parts, tracker, console, stop, extensions, resume)
@@ -322,7 +325,13 @@ def _arithmetic(parts: Parts) -> str:
 
 
 def _open_tracker(
-    composed: Composed, parts: Parts, root: Path, console: Console, resume: Path | None, start: str
+    composed: Composed,
+    parts: Parts,
+    root: Path,
+    console: Console,
+    resume: Path | None,
+    start: str,
+    plugins: Identities,
 ) -> Tracker:
     """``start`` identifies the weights the run starts from, if it does not draw them."""
     core = composed.core
@@ -356,6 +365,7 @@ def _open_tracker(
         params=composed.tree,
         tags=tags,
         log=console.info,
+        plugins=plugins,
         resume=resume,
     )
     tracker.dataset(parts.dataset.key, fingerprint, "pretraining")

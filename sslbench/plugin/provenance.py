@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import os
 import subprocess
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -62,7 +62,7 @@ def identity(entry: Registered) -> dict[str, str]:
     }
 
 
-def short(identity: dict[str, str]) -> str:
+def short(identity: Mapping[str, str]) -> str:
     """An identity on one line, for tags and tables."""
     words = [f"{identity['name']} of {identity['distribution']} {identity['version']}"]
     words.append(f"sha256 {identity['sha256'][:12]}, package {identity['package_sha256'][:12]}")

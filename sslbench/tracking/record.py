@@ -118,6 +118,8 @@ class RunRecord(_JsonFile):
     process: str = field(default_factory=own_identity)
     """Tells the process from later ones with the same number."""
     datasets: list[dict[str, str]] = field(default_factory=list)
+    plugins: list[dict[str, str]] = field(default_factory=list)
+    """Identities of the plugins that took part; of one that was changed before a resume, both."""
     checkpoints: dict[str, dict[str, Any]] = field(default_factory=dict)
     """Path inside the run directory -> step of the kept checkpoints, oldest first."""
     local_id: str = ""

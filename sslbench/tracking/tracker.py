@@ -12,16 +12,16 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, Literal
 
-import yaml
-
 from sslbench.engine.records import Kind
 from sslbench.errors import ExitCode, PreemptedError
 from sslbench.tracking.address import resolve_tracking_uri
 from sslbench.tracking.clock import now
-from sslbench.tracking.environment import command_line, environment, git_commit, user_name
+from sslbench.tracking.environment import command_line, git_commit, user_name
+from sslbench.tracking.facts import command_text, write_facts
 from sslbench.tracking.journal import Journal
 from sslbench.tracking.order import place_behind
 from sslbench.tracking.owner import RunLock, own_identity
+from sslbench.tracking.plugins import Identities, changed, new_ones, plugin_tags
 from sslbench.tracking.push import JOURNAL, experiment_dir
 from sslbench.tracking.record import (
     Log,
@@ -69,6 +69,7 @@ class Tracker:
         params: Mapping[str, Any],
         tags: Mapping[str, str],
         log: Log,
+        plugins: Identities = (),
         resume: Path | None = None,
     ) -> Tracker:
         """Start a run, or continue the one in ``resume``.
@@ -80,9 +81,10 @@ class Tracker:
             tags: ``method``, ``backbone``, ``dataset``, ``seed``, ... are stored as ``sslbench.<key>``; keys
                 with a dot as they are.
             log: takes the one line that says why the store is out of reach.
+            plugins: identities of all that takes part, for ``run.json``, ``environment.yaml`` and tags.
         """
         if resume is not None:
-            return cls._resume(resume.resolve(), log)
+            return cls._resume(resume.resolve(), log, plugins)
         root = root.absolute()
         root.mkdir(parents=True, exist_ok=True)
         name, started, local_id = _free_name(root, name), now(), uuid.uuid4().hex
@@ -97,21 +99,22 @@ class Tracker:
             command=command_line(),
             parent={"run_id": parent.run_id, "run_dir": str(parent.run_dir.resolve())} if parent else None,
             params=flatten(params),
-            tags=_all_tags(kind, name, tags),
+            tags=_all_tags(kind, name, tags) | plugin_tags(plugins),
+            plugins=new_ones((), plugins),
             started=started,
             order=place_behind(root, started),
         )
         store, state = _announce(record, log)
         run_dir = experiment_dir(root, experiment) / record.run_id / "artifacts"
         run_dir.mkdir(parents=True)
-        _write_facts(run_dir, params)
+        write_facts(run_dir, params, plugins)
         record.save(run_dir)
         state.save(run_dir)
         _link(root, record, run_dir)
         return cls(run_dir, record, log, store, told=state.store_run_id is None)
 
     @classmethod
-    def _resume(cls, run_dir: Path, log: Log) -> Tracker:
+    def _resume(cls, run_dir: Path, log: Log, plugins: Identities) -> Tracker:
         record = RunRecord.load(run_dir)
         if record.moved_from:
             log(f"the run was in {record.moved_from}; from now on it is recorded in {record.tracking_uri}")
@@ -120,9 +123,13 @@ class Tracker:
         record = tracker._record = RunRecord.load(run_dir)  # until it had the lock, others could change it
         record.status, record.ended = "RUNNING", None
         record.pid, record.host, record.process = os.getpid(), socket.gethostname(), own_identity()
+        for sentence in changed(record.plugins, plugins):
+            log(sentence)
+        record.plugins += new_ones(record.plugins, plugins)
+        record.tags |= plugin_tags(plugins)
         record.save(run_dir)
         with (run_dir / "command.txt").open("a") as file:
-            file.write(_command_text())
+            file.write(command_text())
         return tracker
 
     @property
@@ -165,6 +172,13 @@ class Tracker:
         """Set tags of the run."""
         self._record.tags |= tags
         self._save()
+
+    def plugins(self, plugins: Identities) -> None:
+        """Replace what is known of plugins, such as of an extension that has failed meanwhile."""
+        names = {(plugin["kind"], plugin["name"]) for plugin in plugins}
+        kept = [plugin for plugin in self._record.plugins if (plugin["kind"], plugin["name"]) not in names]
+        self._record.plugins = [*kept, *new_ones((), plugins)]
+        self.tag(plugin_tags(plugins))
 
     def checkpoint(self, path: Path, meta: Mapping[str, Any]) -> None:
         """Register a kept checkpoint (a folder with ``backbone.pt`` and ``meta.json``) as a LoggedModel."""
@@ -353,25 +367,6 @@ def _error_record(error: BaseException) -> dict[str, Any]:
         "exit_code": int(getattr(error, "exit_code", ExitCode.UNEXPECTED)),
         "traceback": traceback.format_exception(error),
     }
-
-
-def _command_text() -> str:
-    return f"cd {shlex.quote(str(Path.cwd()))}\n{command_line()}\n"
-
-
-def _write_facts(run_dir: Path, params: Mapping[str, Any]) -> None:
-    (run_dir / "config.yaml").write_text(yaml.safe_dump(_plain_tree(params), sort_keys=False))
-    (run_dir / "environment.yaml").write_text(yaml.safe_dump(environment(), sort_keys=False))
-    (run_dir / "command.txt").write_text(_command_text())
-
-
-def _plain_tree(value: Any) -> Any:
-    """Mappings, lists and plain values only, as YAML without tags needs."""
-    if isinstance(value, Mapping):
-        return {str(key): _plain_tree(item) for key, item in value.items()}
-    if isinstance(value, list | tuple):
-        return [_plain_tree(item) for item in value]
-    return value if isinstance(value, str | int | float | bool | None) else str(value)
 
 
 def _link(root: Path, record: RunRecord, run_dir: Path) -> None:
