@@ -274,7 +274,7 @@ def test_a_plugin_of_a_file_is_found_in_its_catalogue(tmp_path: Path) -> None:
     file = tmp_path / "mine.py"
     file.write_text(PLUGIN)
     reference = PluginReference.in_catalog(Catalog((file,)), "method", "mine")
-    assert (reference.file, reference.title, reference.load().name) == (file, "mine:mine", "mine")
+    assert (reference.file, reference.title, reference.load().name) == (file, "mine", "mine")
 
 
 def test_methods_that_other_processes_cannot_find_are_refused(tmp_path: Path) -> None:

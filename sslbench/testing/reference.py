@@ -71,7 +71,7 @@ class PluginReference:
     @property
     def title(self) -> str:
         """Its name in reports."""
-        return self.name if self.module is None else str(getattr(self.load(), "name", self.name))
+        return str(getattr(self.load(), "name", self.name))
 
     def load(self) -> type[Any]:
         """The class, in any process."""
