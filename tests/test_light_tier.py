@@ -51,6 +51,7 @@ def test_light_modules_import_nothing_heavy(module):
         "--help",
         "--version",
         "pretrain --help",
+        "check --help",
         "list",
         "list methods",
         "list --json",

@@ -66,7 +66,7 @@ def _plugins(checkups: Sequence[Checkup]) -> Table:
 
 
 def _summary(checkup: Checkup) -> str:
-    counts = Counter(verdict.outcome for verdict in checkup.verdicts)
+    counts: Counter[str] = Counter(verdict.outcome for verdict in checkup.verdicts)
     return ", ".join(f"{counts[outcome]} {outcome}" for outcome in _STYLES if counts[outcome])
 
 

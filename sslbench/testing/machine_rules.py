@@ -153,9 +153,9 @@ def cost(subject: MethodSubject) -> str:
     )
     further = _bytes(method) - sum(_bytes(module) for module in method.modules() if isinstance(module, Backbone))
     return (
-        f"{trained:,} numbers train, {own:,} of them in the backbone; {flops / len(batch) / 1e6:.3g} MFLOP an "
-        f"image, {flops / max(1, flops_alone):.1f} times the backbone's; {seconds / seconds_alone:.1f} times its "
-        f"time; {further / 2**20:.2g} MiB of state beside backbones"
+        f"{trained:,} numbers train, {own:,} of them in the backbone; {flops / len(batch) / 1e6:.3g} MFLOP "
+        f"per image, {flops / max(1, flops_alone):.1f} times the backbone's, {seconds / seconds_alone:.1f} times its "
+        f"CPU time; {further / 2**20:.2g} MiB of state beside backbones"
     )
 
 
