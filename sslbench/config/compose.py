@@ -18,6 +18,7 @@ from pydantic import BaseModel
 
 from sslbench.config.options import Options
 from sslbench.config.registry import Registry
+from sslbench.config.renaming import with_current_keys, with_current_plugins
 from sslbench.config.schema import CoreOptions
 from sslbench.config.tree import Tree, differences, flatten, merge, plain, read_yaml
 from sslbench.config.validate import ConfigProblems, Problem, check
@@ -115,6 +116,7 @@ def compose(catalog: Catalog, registry: Registry, *, recipe: str | None, layers:
         recipe = registry.resolve(recipe)
         given += [Layer(f"recipe {name}", part.config) for name, part in registry.recipe_chain(recipe)]
     given += layers
+    given = [Layer(origin, with_current_plugins(values, PLUGIN_SECTIONS, catalog)) for origin, values in given]
     names = {kind: catalog.split(kind, _chosen_name(given, kind))[0] for kind in PLUGIN_SECTIONS}
     classes = {kind: catalog.load(kind, name) for kind, name in names.items()}
     given = [spelled_out(layer, names, catalog) for layer in given]
@@ -125,7 +127,7 @@ def compose(catalog: Catalog, registry: Registry, *, recipe: str | None, layers:
     tree: Tree = {}
     origins: dict[str, str] = {}
     for layer in [*base, *_without_other_plugins(given, classes)]:
-        merge(tree, layer.values, layer.origin, origins)
+        merge(tree, _current(_current_evals(layer, catalog), classes), layer.origin, origins)
     composed = _Validator(catalog, classes, tree, origins, recipe).run()
     return replace(composed, registries=registry.sources_of(recipe))
 
@@ -224,6 +226,30 @@ class _Validator:
                 return nested[-1]
             key = key.rpartition(".")[0]
         return "nothing set it"
+
+
+def _current(layer: Layer, classes: Mapping[Kind, type[Any]]) -> Tree:
+    """A layer's values under the current names of its options; those of evaluations are left as they are."""
+    models: dict[str, Any] = {kind: cls.Config for kind, cls in classes.items()}
+    models |= {name: field.annotation for name, field in CoreOptions.model_fields.items()}
+    return {
+        section: with_current_keys(models[section], content, section, layer.origin)
+        if section in models
+        else content
+        for section, content in layer.values.items()
+    }
+
+
+def _current_evals(layer: Layer, catalog: Catalog) -> Layer:
+    evals = layer.values.get("evals")
+    if not isinstance(evals, dict):
+        return layer
+    models = {name: catalog.load("eval", name).Config for name in evals}
+    current = {
+        name: with_current_keys(models[name], options, f"evals.{name}", layer.origin)
+        for name, options in evals.items()
+    }
+    return Layer(layer.origin, {**layer.values, "evals": current})
 
 
 def _default_tree(names: Mapping[Kind, str], classes: Mapping[Kind, type[Any]]) -> Tree:
@@ -326,7 +352,11 @@ def differences_from_saved(composed: Composed, saved: Path) -> list[str]:
         "backbone": composed.backbone,
         "dataset": composed.dataset,
     }
-    values = _default_tree({k: s.name for k, s in chosen.items()}, {k: s.cls for k, s in chosen.items()})
+    classes = {kind: selection.cls for kind, selection in chosen.items()}
+    values = _default_tree({kind: selection.name for kind, selection in chosen.items()}, classes)
     layer = read_config_file(saved)
-    merge(values, layer.values, layer.origin, {})
+    merge(values, _current(layer, classes), layer.origin, {})
+    for kind, cls in classes.items():
+        if values[kind]["name"] in cls.renamed:
+            values[kind]["name"] = cls.renamed[values[kind]["name"]].to
     return differences(composed.essence_of(values), composed.essence())

@@ -2,15 +2,21 @@
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Mapping
+from typing import Any, ClassVar
 
 from pydantic import BaseModel, ConfigDict, Field
+
+from sslbench.deprecation import Renamed
 
 
 class Options(BaseModel):
     """Typed, frozen options. Unknown keys are errors; a string under a field is its documentation."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True, validate_default=True)
+
+    renamed: ClassVar[Mapping[str, Renamed]] = {}
+    """Old keys that are still accepted."""
 
 
 def cosmetic(default: Any, **kwargs: Any) -> Any:

@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 from pydantic import BaseModel, ValidationError
 
 from sslbench.config.options import Options
+from sslbench.config.renaming import model_in, with_current_keys
 from sslbench.errors import ConfigError, did_you_mean
 
 
@@ -36,7 +37,8 @@ def validate_section(model: type[Options], values: dict[str, Any], prefix: str, 
     Raises:
         ConfigProblems: with every problem of the section.
     """
-    cfg, problems = check(model, values, prefix, lambda key: origin)
+    current = with_current_keys(model, values, prefix, origin)
+    cfg, problems = check(model, current, prefix, lambda key: origin)
     if problems or cfg is None:
         raise ConfigProblems(problems)
     return cfg
@@ -74,15 +76,7 @@ def _known_keys(model: Any, path: Sequence[str]) -> list[str]:
         if part.isdigit():
             continue
         field = getattr(model, "model_fields", {}).get(part)
-        model = _model_in(field.annotation) if field else None
+        model = model_in(field.annotation) if field else None
         if model is None:
             return []
     return list(getattr(model, "model_fields", {}))
-
-
-def _model_in(annotation: Any) -> Any:
-    """The option model inside an annotation such as ``tuple[ViewSpec, ...]`` or ``Jitter | None``."""
-    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
-        return annotation
-    inner = (_model_in(arg) for arg in getattr(annotation, "__args__", ()))
-    return next((model for model in inner if model is not None), None)

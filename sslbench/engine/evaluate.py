@@ -12,6 +12,8 @@ from typing import Any
 
 from sslbench import comm
 from sslbench.config.compose import Composed, read_config_file
+from sslbench.config.options import Options
+from sslbench.config.renaming import with_current_keys, with_current_plugins
 from sslbench.config.schema import DataOptions, TrainOptions
 from sslbench.config.tree import Tree, parse_overrides, plain
 from sslbench.config.validate import validate_section
@@ -243,8 +245,10 @@ def _plan(
     options: Tree,
     origin: str,
 ) -> EvalPlan:
+    protocol = catalog.current_name("eval", protocol)
     cls = catalog.load("eval", protocol)
-    saved = read_config_file(run_dir / "config.yaml").values
+    file = read_config_file(run_dir / "config.yaml")
+    saved = with_current_plugins(file.values, ("dataset",), catalog)
     of_run = dict(saved.get("dataset", {}))
     asked = dict(sections["dataset"])
     name = asked.pop("name", of_run.get("name"))
@@ -253,21 +257,27 @@ def _plan(
             f"the run {RunRecord.load(run_dir).name} has no data set of its own",
             hint=f"name one: sslbench eval {protocol} RUN --dataset NAME",
         )
-    name, selected = catalog.choose("dataset", str(name))
+    name, selected = catalog.choose("dataset", catalog.current_name("dataset", str(name)))
     same = all(str(of_run.get(key)) == value for key, value in {"name": name, **selected}.items())
     base = of_run if same else {}
-    dataset_values = {key: value for key, value in {**base, **selected, **asked}.items() if key != "name"}
     dataset_class = catalog.load("dataset", name)
-    protocol_values = {**(saved.get("evals", {}).get(protocol) or {}), **options}
+    kept = {key: value for key, value in base.items() if key != "name"}
+
+    def validated(model: type[Options], section: str, of_file: Any, given: Tree) -> Any:
+        """The run's own options below those of the command line, each under their current names."""
+        below = with_current_keys(model, of_file or {}, section, file.origin)
+        above = with_current_keys(model, given, section, origin)
+        return validate_section(model, {**below, **above}, section, origin)
+
     train = {"device": saved["train"]["device"], **sections["train"]}
     return EvalPlan(
         run_dir=run_dir,
         record=RunRecord.load(run_dir),
-        protocol=cls(validate_section(cls.Config, protocol_values, "", origin)),
+        protocol=cls(validated(cls.Config, "", saved.get("evals", {}).get(protocol), options)),
         dataset_name=name,
         dataset_class=dataset_class,
-        dataset_options=validate_section(dataset_class.Config, dataset_values, "dataset", origin),
-        data=validate_section(DataOptions, {**saved.get("data", {}), **sections["data"]}, "data", origin),
+        dataset_options=validated(dataset_class.Config, "dataset", kept, {**selected, **asked}),
+        data=validated(DataOptions, "data", saved.get("data"), sections["data"]),
         train=validate_section(TrainOptions, train, "train", origin),
         seed=int(saved["run"]["seed"]),
     )

@@ -12,6 +12,7 @@ from pydantic import model_validator
 from torch import Tensor, nn
 
 from sslbench.config.options import Options
+from sslbench.deprecation import Renamed
 from sslbench.plugin.evaluation import EvalOptions, EvalProtocol, FeatureTable, Job
 from sslbench.plugin.rows import FeatureRows, LabelledRows
 from sslbench.plugin.viewspec import Blur, Jitter, ViewSpec
@@ -135,6 +136,8 @@ class Backbone(nn.Module, ABC):
     """
 
     name: ClassVar[str]
+    renamed: ClassVar[Mapping[str, Renamed]] = {}
+    """Its old names, each still an entry point in the group with ``.renamed`` behind its name."""
     Config: ClassVar[type[Options]] = Options
     selector: ClassVar[str | None] = None
     """The option that VALUE sets where a user writes ``NAME:VALUE``; None: there is no such form."""
@@ -243,6 +246,8 @@ class Method(nn.Module, ABC):
     """
 
     name: ClassVar[str]
+    renamed: ClassVar[Mapping[str, Renamed]] = {}
+    """As :attr:`Backbone.renamed`."""
     Config: ClassVar[type[MethodConfig]] = MethodConfig
     selector: ClassVar[str | None] = None
     """As :attr:`Backbone.selector`."""
@@ -394,6 +399,8 @@ class Dataset(ABC):
     """
 
     name: ClassVar[str]
+    renamed: ClassVar[Mapping[str, Renamed]] = {}
+    """As :attr:`Backbone.renamed`."""
     Config: ClassVar[type[Options]] = Options
     selector: ClassVar[str | None] = None
     """As :attr:`Backbone.selector`."""

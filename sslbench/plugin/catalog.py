@@ -15,12 +15,14 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
+from sslbench.deprecation import tell_user
 from sslbench.errors import PluginError, did_you_mean
 from sslbench.plugin.entry import (
     EXTENSIONS,
     KINDS,
     OWN,
     REGISTRIES,
+    RENAMED,
     Entry,
     Kind,
     Registered,
@@ -95,6 +97,7 @@ class Catalog:
         Raises:
             PluginError: nothing or more than one plugin has this name.
         """
+        name = self.current_name(kind, name)
         wanted = [e for e in self.entries(kind) if name in (e.name, e.address)]
         if not wanted:
             raise self._unknown(kind, name)
@@ -138,6 +141,19 @@ class Catalog:
         """A plugin as users write it (``NAME`` or ``NAME:VALUE``), as its name and the options that sets."""
         name, value = self.split(kind, text)
         return name, self.options_of(kind, name, value)
+
+    def current_name(self, kind: Kind, name: str) -> str:
+        """What a plugin is called now that had another name; any other name as it is.
+
+        Entry points of old names are in a group of their own, so that nobody is offered them.
+        """
+        points = self._points.select(group=f"{KINDS[kind]}{RENAMED}", name=name)
+        for entry in filter(self._may_load, [Entry.of_point(kind, point) for point in points]):
+            for cls in _offered(entry):
+                if name in cls.renamed:
+                    tell_user(cls.renamed[name].notice(kind, name))
+                    return str(cls.renamed[name].to)
+        return name
 
     def load(self, kind: Kind, name: str) -> type[Any]:
         """Import the plugin and return its class.

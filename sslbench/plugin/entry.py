@@ -24,6 +24,8 @@ KINDS: dict[Kind, str] = {
 }
 EXTENSIONS = "sslbench.extensions"
 REGISTRIES = "sslbench.registries"
+RENAMED = ".renamed"
+"""Ends the names of the groups for entry points of old names."""
 OWN = "sslbench"
 """The distribution of the built-in plugins."""
 

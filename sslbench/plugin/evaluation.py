@@ -12,6 +12,7 @@ from pydantic import Field
 from torch import Tensor
 
 from sslbench.config.options import Options, cosmetic
+from sslbench.deprecation import Renamed
 
 if TYPE_CHECKING:
     from sslbench.plugin.api import Backbone, Batch
@@ -106,6 +107,8 @@ class EvalProtocol(ABC):
     """An evaluation protocol. Bump ``version`` whenever its numbers may change."""
 
     name: ClassVar[str]
+    renamed: ClassVar[Mapping[str, Renamed]] = {}
+    """As :attr:`~sslbench.plugin.api.Backbone.renamed`."""
     version: ClassVar[int]
     Config: ClassVar[type[Options]] = Options
     metrics: ClassVar[Mapping[str, Literal["max", "min"]]]

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import ast
 import hashlib
 import importlib
 import importlib.util
+import re
 import sys
 from functools import cache
 from pathlib import Path
@@ -51,10 +53,14 @@ def import_registered(entry: Registered, what: str) -> ModuleType:
         what: names it in messages, such as ``method 'simclr'``.
 
     Raises:
-        PluginError: it cannot be imported, or was written for another major version of the API.
+        PluginError: it cannot be imported, or was written for another version of the API.
     """
-    module = import_file(Path(entry.module)) if entry.is_local else _import_installed(entry, what)
-    _check_api_version(module, entry, what)
+    try:
+        module = import_file(Path(entry.module)) if entry.is_local else _import_installed(entry, what)
+    except PluginError:
+        _check_api_version(_stated_version(entry.path), entry, what)  # says more than that a name is missing
+        raise
+    _check_api_version(str(getattr(module, "API_VERSION", API_VERSION)), entry, what)
     return module
 
 
@@ -70,13 +76,34 @@ def _import_installed(entry: Registered, what: str) -> ModuleType:
         ) from error
 
 
-def _check_api_version(module: ModuleType, entry: Registered, what: str) -> None:
-    wanted = str(getattr(module, "API_VERSION", API_VERSION))
-    if wanted.split(".")[0] != API_VERSION.split(".")[0]:
+def _check_api_version(wanted: str, entry: Registered, what: str) -> None:
+    """A plugin runs with its own major version of the API, and not with an older minor one."""
+    numbers = re.fullmatch(r"(\d+)\.(\d+)", wanted)
+    if numbers is None:
+        raise PluginError(
+            f"{what} of {entry.owner} says API_VERSION = {wanted!r}, which is not MAJOR.MINOR",
+            hint=f'API_VERSION = "{API_VERSION}" is that of this sslbench',
+        )
+    wants = (int(numbers[1]), int(numbers[2]))
+    major, minor = map(int, API_VERSION.split("."))
+    if wants[0] != major or wants[1] > minor:
+        newer = "sslbench" if wants > (major, minor) else entry.distribution
         raise PluginError(
             f"{what} of {entry.distribution} was written for plugin API {wanted}; this sslbench has {API_VERSION}",
-            hint=f"pip install --upgrade {entry.distribution}",
+            hint=f"pip install --upgrade {newer}",
         )
+
+
+def _stated_version(path: Path | None) -> str:
+    """``API_VERSION = "..."`` in a source that could not be imported; else our own."""
+    try:
+        tree = ast.parse(path.read_text(encoding="utf-8") if path else "")
+    except (OSError, SyntaxError, ValueError):
+        return API_VERSION
+    for node in tree.body:
+        if isinstance(node, ast.Assign) and ast.unparse(node.targets[0]) == "API_VERSION":
+            return str(node.value.value) if isinstance(node.value, ast.Constant) else API_VERSION
+    return API_VERSION
 
 
 def cause(error: BaseException) -> str:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 
-from sslbench.plugin.catalog import EXTENSIONS, KINDS
+from sslbench.plugin.entry import EXTENSIONS, KINDS
 from sslbench.report.reference.markdown import prose, table
 from sslbench.report.reference.source import Member, Module, modules_of, read_module
 
