@@ -11,7 +11,7 @@ from typing import Annotated
 import typer
 
 from sslbench import __version__
-from sslbench.commands import checking, looking, planning, running, submitting
+from sslbench.commands import checking, looking, planning, running, scaffolding, submitting
 from sslbench.commands.options import Session
 from sslbench.commands.parsing import Command, Group
 from sslbench.errors import ExitCode, PreemptedError, described
@@ -59,7 +59,7 @@ def _global(
     )
 
 
-_MODULES = (running, submitting, planning, looking, checking)
+_MODULES = (running, submitting, planning, looking, checking, scaffolding)
 _COMMANDS = {name: command for module in _MODULES for name, command in module.COMMANDS.items()}
 for _name, _command in _COMMANDS.items():
     app.command(_name, cls=Command, context_settings=submitting.SETTINGS.get(_name))(_command)

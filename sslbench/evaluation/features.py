@@ -136,22 +136,32 @@ class Extractor:
 
     def _batches(self, positions: Tensor, total: int) -> Iterator[tuple[Tensor, Tensor]]:
         """Features and positions, on the CPU, of the readable ones of some samples."""
-        loader = EvalLoader(
-            self.source,
-            self.indices[positions],
-            **asdict(self.preprocessing),
-            batch_size=self.batch_size,
-            device=self.device,
-            data=self.data,
-            workers=self.data.workers if self.data else 0,
-            channels_last=faster_layout(self.backbone, self.device) == torch.channels_last,
-            unreadable=Unreadable(self.source, self.max_unreadable, logger.info),
-            total=total,
-        )
-        for images, samples in loader:
+        for images, samples in self.images(positions, total):
             with torch.no_grad(), torch.autocast(self.device.type, enabled=False):
                 features = self.backbone(images).pooled
             yield features, torch.searchsorted(self.indices, samples.cpu())
+
+    def images(self, positions: Tensor, total: int) -> Iterator[tuple[Tensor, Tensor]]:
+        """What the backbone is shown: images ``[b,3,S,S]`` and sample numbers of the readable ones of some.
+
+        Args:
+            positions: int64 ``[n]`` in ``indices``, ascending.
+            total: samples that all ranks look at.
+        """
+        return iter(
+            EvalLoader(
+                self.source,
+                self.indices[positions],
+                **asdict(self.preprocessing),
+                batch_size=self.batch_size,
+                device=self.device,
+                data=self.data,
+                workers=self.data.workers if self.data else 0,
+                channels_last=faster_layout(self.backbone, self.device) == torch.channels_last,
+                unreadable=Unreadable(self.source, self.max_unreadable, logger.info),
+                total=total,
+            )
+        )
 
 
 class _Filling:

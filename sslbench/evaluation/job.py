@@ -16,7 +16,7 @@ from torch import Tensor
 
 from sslbench import comm
 from sslbench.config.schema import DataOptions
-from sslbench.data.loader import TrainLoader
+from sslbench.data.loader import TrainLoader, rank_share
 from sslbench.data.splits import eval_split
 from sslbench.data.store import open_store
 from sslbench.data.views import ViewExecutor
@@ -26,6 +26,7 @@ from sslbench.errors import CheckpointError, DivergedError, PluginError
 from sslbench.evaluation.features import (
     Extractor,
     Preprocessing,
+    check_complete,
     json_digest,
     save_atomically,
     state_digests,
@@ -167,6 +168,19 @@ class EvaluationJob:
             logger.info("%d of %d images of '%s' cannot be read and are left out", count, total, split)
             self.unreadable[split] = count
 
+    def images(self, split: str) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+        """This rank's share of a split without augmentation: images, labels and sample numbers."""
+        source, indices = self._open(split)
+        labels, share = _labels(source), rank_share(len(indices), comm.rank(), comm.world())
+        shown = self._extractor(source, indices).images(torch.arange(share.start, share.stop), len(indices))
+        count = 0
+        for images, samples in shown:
+            count += len(samples)
+            yield images, labels[samples.cpu()].to(self.device), samples
+        missing = int(comm.all_sum(torch.tensor(len(share) - count)))
+        check_complete(missing, self._data.max_unreadable)
+        self._note_unreadable(split, missing, len(indices))
+
     def batches(
         self, split: str, views: Sequence[ViewSpec], batch_size: int, epoch: int
     ) -> Iterator[tuple[Batch, Tensor]]:
@@ -256,17 +270,12 @@ class EvaluationJob:
             source, indices = eval_split(self._dataset, base, self._data.val_fraction)
             key = {**self._stamp, "split": base, "precision": "fp32", "device": self.device.type}
             key |= {"indices": tensor_digest(indices), "torch": torch.__version__}
-            extractor = Extractor(
-                self._backbone,
-                source,
-                indices,
-                self._preprocessing,
-                self._options.batch_size,
-                self.device,
-                self._data,
-            )
-            self._tables[base] = self._stored.get(key, extractor)
+            self._tables[base] = self._stored.get(key, self._extractor(source, indices))
         return self._tables[base]
+
+    def _extractor(self, source: Source, indices: Tensor) -> Extractor:
+        batch = self._options.batch_size
+        return Extractor(self._backbone, source, indices, self._preprocessing, batch, self.device, self._data)
 
     def _loader(self, split: str, views: Sequence[ViewSpec], batch_size: int) -> TrainLoader:
         key = f"{split}/{batch_size}/{[view.model_dump_json() for view in views]}"

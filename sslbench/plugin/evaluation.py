@@ -56,6 +56,15 @@ class Job(Protocol):
         """The same features wherever they are, to be streamed: for tables larger than the device's memory."""
         ...
 
+    def images(self, split: str) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+        """This process's share of a split without augmentation, for protocols that look at more than pooled
+        features: normalised images ``[b,3,S,S]``, labels ``[b]`` and sample numbers ``[b]``.
+
+        Shares are in order and each image is in one of them, so ``comm.gather`` of all rows is the whole split.
+        Every process must go through all of its share.
+        """
+        ...
+
     def batches(
         self, split: str, views: Sequence[ViewSpec], batch_size: int, epoch: int
     ) -> Iterator[tuple[Batch, Tensor]]:
