@@ -76,6 +76,7 @@ class PluginTemplateTest(EvalProtocol):
     metrics: ClassVar[dict[str, Literal["max", "min"]]] = {"top1": "max", "top5": "max", "loss": "min"}
     primary = "top1"
     splits = frozenset({"test"})
+    after = ("plugin-template",)
 
     def run(self, job: Job) -> dict[str, float]:
         """Score the kept classifier on every test image exactly once."""
