@@ -57,7 +57,7 @@ class PluginTemplate(Dataset):
         if not files or "" in files.tops():
             found = "images outside class folders" if files else "no images"
             raise DataError(
-                f"data set 'plugin-template' found {found} under {self.root / split}; {LAYOUT}",
+                f"data set '{self.name}' found {found} under {self.root / split}; {LAYOUT}",
                 hint="dataset.root=PATH",
             )
         return files
@@ -79,7 +79,7 @@ class PluginTemplate(Dataset):
     def split(self, name: str) -> FileSource:
         """Kept once opened: a source remembers the headers that it has read."""
         if name not in self._files:
-            raise DataError(f"data set 'plugin-template' has no split '{name}' (it has {', '.join(SPLITS)})")
+            raise DataError(f"data set '{self.name}' has no split '{name}' (it has {', '.join(SPLITS)})")
         if name not in self._sources:
             files = self._files[name]
             self._sources[name] = FileSource(files, torch.from_numpy(files.numbered(self._classes)))
