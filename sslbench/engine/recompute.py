@@ -39,8 +39,8 @@ def checkpoint_activations(network: nn.Module) -> None:
             segment.forward = types.MethodType(_recomputed, segment)
 
 
-def _recomputed(segment: nn.Module, *inputs: Tensor) -> Any:
-    forward = partial(type(segment).forward, segment)
+def _recomputed(segment: nn.Module, *inputs: Tensor, **more: Any) -> Any:
+    forward = partial(type(segment).forward, segment, **more)
     if not torch.is_grad_enabled():
         return forward(*inputs)
     contexts = partial(_contexts, segment)

@@ -1,0 +1,248 @@
+"""Backbones of timm: dimensions, layouts, keys, weights, and a run with one from start to comparison."""
+
+from __future__ import annotations
+
+import copy
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+from sslbench.engine.recompute import checkpoint_activations
+from sslbench.errors import CheckpointError, ConfigError, MissingExtraError
+from sslbench.plugin.api import Backbone
+from sslbench.plugin.catalog import Catalog
+from sslbench.testing.backbones import check_backbone
+
+timm = pytest.importorskip("timm")
+pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")
+
+#: Model, side, and what is known of it: dimensions and stride.
+QUICK = (
+    ("test_resnet", 64, 96, 32),
+    ("test_vit", 64, 64, 16),
+    ("test_convnext", 64, 64, 32),
+    ("mobilenetv3_small_050", 64, 288, 32),
+    ("mixer_s32_224", 64, 512, 32),
+)
+SLOW = (
+    ("xcit_nano_12_p16_224", 64, 128, 16),
+    ("edgenext_xx_small", 64, 168, 32),
+    ("resnet18", 32, 512, 32),
+    ("resnet18d", 64, 512, 32),
+    ("convnext_atto", 64, 320, 32),
+    ("vit_tiny_patch16_224", 64, 192, 16),
+    ("deit_tiny_distilled_patch16_224", 48, 192, 16),
+    ("deit3_small_patch16_224", 32, 384, 16),
+    ("eva02_tiny_patch14_224", 64, 192, 14),
+    ("swin_tiny_patch4_window7_224", 64, 768, 32),
+    ("efficientnet_lite0", 64, 1280, 32),
+    ("regnetx_002", 64, 368, 32),
+    ("levit_128s", 64, 384, 64),
+    ("ghostnet_050", 64, 480, 32),
+    ("mambaout_femto", 64, 288, 32),
+    ("pvt_v2_b0", 64, 256, 32),
+    ("maxvit_rmlp_pico_rw_256", 64, 256, 32),
+)
+
+
+def build(model: str, side: int = 64, **options: object) -> Backbone:
+    cls = Catalog().load("backbone", "timm")
+    torch.manual_seed(0)
+    return cls(cls.Config(model=model, **options), side)
+
+
+def images(count: int, height: int, width: int | None = None) -> Tensor:
+    return torch.randn(count, 3, height, width or height, generator=torch.Generator().manual_seed(1))
+
+
+@pytest.mark.parametrize(
+    ("model", "side", "dim", "stride"),
+    [*QUICK, *(pytest.param(*row, marks=pytest.mark.slow) for row in SLOW)],
+    ids=[row[0] for row in (*QUICK, *SLOW)],
+)
+def test_dimensions_and_stride_are_true_and_every_parameter_learns(
+    model: str, side: int, dim: int, stride: int
+) -> None:
+    backbone = build(model, side)
+    assert (backbone.dim, backbone.stride) == (dim, stride)
+    found = backbone.train()(images(2, side))
+    cells = -(-side // stride)
+    assert found.pooled.shape == (2, dim)
+    assert found.map.shape == (2, dim, cells, cells)
+    (found.pooled.square().sum() + found.map.square().sum()).backward()
+    assert [name for name, p in backbone.named_parameters() if p.requires_grad and p.grad is None] == []
+    if backbone.input_sizes == "any":
+        wide = backbone.eval()(images(1, side, 2 * side)).map
+        assert wide.shape[2:] == (cells, -(-2 * side // stride))
+    else:
+        with pytest.raises(ConfigError, match=f"squares of {side} pixels"):
+            backbone(images(1, side, 2 * side))
+
+
+@pytest.mark.parametrize("model", ["test_resnet", "test_vit", "test_convnext"])
+def test_features_and_keys_are_those_of_timm(model: str) -> None:
+    backbone = build(model).eval()
+    torch.manual_seed(0)
+    sizes = {"img_size": 64} if "vit" in model else {}
+    theirs = timm.create_model(model, num_classes=0, **sizes).eval()
+    assert list(backbone.state_dict()) == list(theirs.state_dict())
+    backbone.load_state_dict(theirs.state_dict())
+    x = images(2, 64)
+    with torch.no_grad():
+        found, raw = backbone(x), theirs.forward_features(x)
+        assert torch.equal(found.pooled, theirs(x))
+        cells = raw[:, 1:].transpose(1, 2).flatten() if raw.ndim == 3 else raw.flatten()
+        assert torch.equal(found.map.flatten(), cells)
+
+
+@pytest.mark.slow
+def test_layers_that_widen_pooled_features_are_left_out() -> None:
+    backbone = build("mobilenetv3_small_050")
+    assert backbone.mean_pooled
+    theirs = timm.create_model("mobilenetv3_small_050", num_classes=0).state_dict()
+    assert {key for key in theirs if key not in backbone.state_dict()} == {"conv_head.weight", "conv_head.bias"}
+
+
+@pytest.mark.slow
+def test_patches_of_a_channels_last_model_lie_where_they_should() -> None:
+    backbone = build("mambaout_femto").eval()
+    x = images(1, 64)
+    x[..., 32:] = 0
+    with torch.no_grad():
+        left, both = backbone(x).map, backbone(images(1, 64)).map
+    change = (left - both).abs().mean((0, 1))
+    assert change.shape == (2, 2)
+    assert (change[:, 1] > change[:, 0]).all()
+
+
+def test_the_parts_stay_shared_by_copies_moves_and_modes() -> None:
+    backbone = build("test_vit")
+    twin = copy.deepcopy(backbone)
+    with torch.no_grad():
+        for p in twin.parameters():
+            p.zero_()
+        assert float(twin.eval()(images(1, 64)).map.abs().max()) == 0
+        assert float(backbone.eval()(images(1, 64)).map.abs().max()) > 0
+        assert twin.double()(images(1, 64).double()).pooled.dtype == torch.float64
+    assert not twin._network.training
+    assert twin.train()._network.training
+
+
+@pytest.mark.parametrize(
+    "model", ["test_vit", pytest.param("eva02_tiny_patch14_224", marks=pytest.mark.slow)]
+)
+def test_recomputed_activations_give_the_same_gradient(model: str) -> None:
+    plain, spared = build(model), build(model)
+    checkpoint_activations(spared)
+    for backbone in (plain, spared):
+        backbone.train()(images(2, 64)).pooled.square().sum().backward()
+    gradients = zip(plain.parameters(), spared.parameters(), strict=True)
+    assert all(torch.allclose(a.grad, b.grad, atol=1e-6) for a, b in gradients if a.grad is not None)
+
+
+@pytest.mark.slow
+def test_drop_path_is_off_unless_asked_for() -> None:
+    def rates(**options: object) -> list[float]:
+        parts = build("swin_tiny_patch4_window7_224", **options).modules()
+        return [part.drop_prob for part in parts if type(part).__name__ == "DropPath"]
+
+    assert set(rates()) <= {0.0}
+    assert max(rates(drop_path=0.2)) == pytest.approx(0.2)
+
+
+def test_arguments_reach_the_constructor() -> None:
+    assert build("test_vit", 32, arguments={"patch_size": 8}).stride == 8
+    with pytest.raises(ConfigError, match="unexpected keyword argument 'patchsize'"):
+        build("test_vit", 32, arguments={"patchsize": 8})
+    with pytest.raises(ValueError, match="num_classes: set by other options"):
+        build("test_vit", 32, arguments={"num_classes": 8})
+
+
+def test_unknown_names_and_sizes_say_what_to_type() -> None:
+    with pytest.raises(ConfigError, match="timm has no model 'resnet81'; did you mean 'resnet"):
+        build("resnet81")
+    with pytest.raises(ConfigError, match=r"no weights 'resnet18\.a9_in1k'; did you mean 'a\d_in1k'") as caught:
+        build("resnet18.a9_in1k")
+    assert "resnet18.a1_in1k" in str(caught.value.hint)
+    with pytest.raises(ConfigError, match="timm has no model 'hf-hub:some/model'"):
+        build("hf-hub:some/model")
+    with pytest.raises(ConfigError, match="does not take images of 16 pixels"):
+        build("inception_v3", 16)
+
+
+def test_weights_come_from_a_file_and_are_not_needed_again(tmp_path: Path) -> None:
+    safetensors = pytest.importorskip("safetensors.torch")
+    theirs = timm.create_model("test_resnet", num_classes=10)
+    safetensors.save_file(theirs.state_dict(), tmp_path / "a.safetensors")
+    torch.save({"state_dict": theirs.state_dict()}, tmp_path / "a.pth")
+    for name in ("a.safetensors", "a.pth"):
+        backbone = build("test_resnet", weights=tmp_path / name)
+        ours = backbone.state_dict()
+        assert all(torch.equal(value, theirs.state_dict()[key]) for key, value in ours.items())
+        assert backbone.cfg.weights is None  # what a checkpoint keeps
+    with pytest.raises(CheckpointError, match="does not fit timm's test_convnext"):
+        build("test_convnext", weights=tmp_path / "a.pth")
+    with pytest.raises(CheckpointError, match="there is no file"):
+        build("test_resnet", weights=tmp_path / "b.pth")
+    torch.save({"state_dict": Path}, tmp_path / "code.pth")
+    with pytest.raises(CheckpointError, match="does not fit"):
+        build("test_resnet", weights=tmp_path / "code.pth")
+
+
+def test_pretrained_weights_that_cannot_be_had(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    hub = pytest.importorskip("huggingface_hub")
+    monkeypatch.setattr(hub.constants, "HF_HUB_OFFLINE", True)
+    monkeypatch.setattr(hub.constants, "HF_HUB_CACHE", str(tmp_path))
+    with pytest.raises(CheckpointError, match="pretrained weights of timm's test_resnet") as caught:
+        build("test_resnet", pretrained=True)
+    assert "backbone.weights=FILE" in str(caught.value.hint)
+    with pytest.raises(ValueError, match="exclude each other"):
+        build("test_resnet", pretrained=True, weights=tmp_path)
+
+
+def test_without_timm_only_its_use_fails(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "timm", None)
+    cls = Catalog().load("backbone", "timm")
+    with pytest.raises(MissingExtraError, match="needs the package 'timm'") as caught:
+        cls(cls.Config(model="resnet18"), 32)
+    assert caught.value.hint == "pip install 'sslbench[timm]'"
+
+
+@pytest.mark.slow
+def test_the_plugin_itself_does_not_import_timm() -> None:
+    code = "import sys, sslbench_plugins.backbones.timm; sys.exit('timm' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("model", ["test_vit", "test_resnet", "mobilenetv3_small_050"])
+def test_the_conformance_kit_holds(model: str) -> None:
+    check_backbone("timm", options={"model": model}, image_size=64, compiled=model == "test_vit").raise_if_broken()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("model", ["test_vit", "resnet18d", "convnext_atto", "swin_tiny_patch4_window7_224"])
+def test_a_run_is_trained_evaluated_compared_and_resumed(model: str, tmp_path: Path) -> None:
+    def sslbench(*words: str) -> str:
+        command = [sys.executable, "-m", "sslbench", "--runs", str(tmp_path / "runs"), *words]
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
+        assert done.returncode == 0, done.stderr
+        return done.stdout
+
+    size = "method.views.0.size=32"
+    uri = f"run.tracking_uri=sqlite:///{tmp_path}/mlflow.db"
+    common = ["pretrain", "--method", "simclr", "--dataset", "digits", "--backbone", f"timm:{model}", size, uri]
+    small = ["train.epochs=1", "probe.every=0", "run.evals=[knn]", "run.name=mine", "train.batch_size=512"]
+    sslbench(*common, *small)
+    assert f"timm:{model}" in sslbench("list", "runs")
+    assert f"timm:{model}" in sslbench("compare")
+    sslbench("eval", "linear", "mine", "epochs=1")
+    sslbench("pretrain", "--resume", "mine", "--backbone", f"timm:{model}")
+    meta = next((tmp_path / "runs").glob("mine/checkpoints/step-*/meta.json"))
+    backbone = json.loads(meta.read_text())["backbone"]
+    assert (backbone["name"], backbone["options"]["model"]) == ("timm", model)
