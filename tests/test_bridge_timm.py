@@ -133,9 +133,7 @@ def test_the_parts_stay_shared_by_copies_moves_and_modes() -> None:
     assert twin.train()._network.training
 
 
-@pytest.mark.parametrize(
-    "model", ["test_vit", pytest.param("eva02_tiny_patch14_224", marks=pytest.mark.slow)]
-)
+@pytest.mark.parametrize("model", ["test_vit", pytest.param("eva02_tiny_patch14_224", marks=pytest.mark.slow)])
 def test_recomputed_activations_give_the_same_gradient(model: str) -> None:
     plain, spared = build(model), build(model)
     checkpoint_activations(spared)
