@@ -13,6 +13,7 @@ import tarfile
 import zipfile
 import zlib
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
@@ -89,6 +90,17 @@ def postscript(mark: Path) -> bytes:
     """Pillow would hand it to Ghostscript."""
     program = f"({mark}) (w) file closefile showpage"
     return f"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n%%EndComments\n{program}\n%%EOF\n".encode()
+
+
+@pytest.mark.parametrize("name", ["a.png", "a.jpg"])
+def test_a_png_with_wrong_bits_is_an_error_and_not_the_end_of_the_process(name: str) -> None:
+    noise = np.random.default_rng(0).integers(0, 256, (16, 16, 3), dtype=np.uint8)
+    good = encoded(Image.fromarray(noise), "PNG")
+    for place in range(50, len(good) - 20, 40):
+        content = good.copy()
+        content[place] ^= 1
+        with suppress(DataError):  # a wrong check sum may be passed over
+            assert decode_image(np.frombuffer(content, np.uint8), name).shape == (3, 16, 16)
 
 
 @pytest.mark.parametrize("name", ["a.jpg", "a.png", "a.gif", "a.bmp"])
