@@ -6,6 +6,7 @@ import os
 from collections.abc import Iterable
 from pathlib import Path
 
+import numpy as np
 from PIL import Image
 
 DECODER_WARNING = "ignore:The image decoding and encoding:DeprecationWarning"
@@ -23,3 +24,21 @@ def link_images(original: Path, paths: Iterable[Path]) -> None:
     for path in paths:
         path.parent.mkdir(parents=True, exist_ok=True)
         os.link(original, path)
+
+
+def write_noise(path: Path, number: int, size: tuple[int, int] = (16, 16)) -> Path:
+    """An image that no other number gives; ``size`` is width and height."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    pixels = np.random.default_rng(number).integers(0, 256, (4, 4, 3), dtype=np.uint8)
+    Image.fromarray(pixels).resize(size, Image.Resampling.BICUBIC).save(path)
+    return path
+
+
+def write_classes(root: Path, counts: dict[str, int], size: tuple[int, int] = (16, 16), first: int = 0) -> Path:
+    """Folders of PNG or JPEG files, by their pattern: ``{"train/cat/{}.png": 3}``; all images differ."""
+    number = first
+    for pattern, count in counts.items():
+        for place in range(count):
+            write_noise(root / pattern.format(place), number, size)
+            number += 1
+    return root
