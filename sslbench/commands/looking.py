@@ -117,15 +117,13 @@ def sync(
 
 
 def doctor(context: typer.Context, as_json: AsJson = False) -> None:
-    """Check the installation: versions, devices, store, data, every plugin and what fits together."""
-    prepare_environment()
-    from sslbench.doctor.checks import run_checks
+    """Check the installation: versions, devices, every plugin, the MLflow store."""
+    from sslbench.report.doctor import run_checks
     from sslbench.report.show import print_checks
 
-    session: Session = context.obj
-    checks = run_checks(session.catalog, session.runs, session.registry)
+    checks = run_checks(context.obj.catalog)
     print_checks(checks, as_json)
-    if any(check.level == "failure" for check in checks):
+    if not all(check.passed for check in checks):
         raise typer.Exit(ExitCode.UNEXPECTED)
 
 

@@ -8,6 +8,7 @@ def test_it_keeps_the_contract():
 
 from sslbench.testing.backbones import check_backbone
 from sslbench.testing.datasets import check_dataset
+from sslbench.testing.evals import check_eval
 from sslbench.testing.methods import check_method
 from sslbench.testing.ranks import check_ranks
 from sslbench.testing.report import ConformanceError, Difference, RankReport
@@ -21,6 +22,7 @@ __all__ = [
     "Verdict",
     "check_backbone",
     "check_dataset",
+    "check_eval",
     "check_method",
     "check_ranks",
 ]
