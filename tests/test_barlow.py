@@ -93,15 +93,19 @@ def test_loss_of_the_method_is_that_of_its_terms() -> None:
     torch.testing.assert_close(found["loss"], found["invariance"] + 0.3 * found["redundancy"])
 
 
-def test_vectors_may_have_a_smaller_rate() -> None:
-    method = make(BarlowTwins, vector_lr=0.024)
-    options = OptimOptions(name="lars", lr=0.2, lr_per=256)
-    groups = build_optimizer(options, method.param_groups(), method, 2048).param_groups
-    for group in groups:
-        matrices = {parameter.ndim > 1 for parameter in group["params"]}
-        assert matrices == {group["adapt"]}
-        assert group["lr"] == pytest.approx(1.6 if group["adapt"] else 0.0384)  # 0.2 and 0.0048 per 256 images
-    assert len(groups) == 2
+def test_under_lars_the_scale_is_the_rate_of_vectors() -> None:
+    """The published program's factor 0.024 with rate 0.2 is the paper's rate of 0.0048 for biases."""
+    moved = []
+    for scale in (1.0, 0.024):
+        method = make(BarlowTwins, scale=scale)
+        before = {name: parameter.detach().clone() for name, parameter in method.named_parameters()}
+        optimizer = build_optimizer(OptimOptions(name="lars", lr=0.2, weight_decay=0), None, method, 256)
+        method(batch())["loss"].backward()
+        optimizer.step()
+        moved.append({name: parameter.detach() - before[name] for name, parameter in method.named_parameters()})
+    for name, step in moved[0].items():
+        factor = 1.0 if step.ndim > 1 else 0.024
+        torch.testing.assert_close(moved[1][name], factor * step, rtol=1e-2, atol=1e-5)
 
 
 def test_projector_of_the_paper() -> None:

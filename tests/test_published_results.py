@@ -94,3 +94,22 @@ RELATIONAL = {
 def test_results_of_relational_reasoning(recipe: str) -> None:
     dataset = recipe.split("/")[1].split("-")[0]
     assert found(recipe, f"eval/test.v1/{dataset}/top1") == [RELATIONAL[recipe]]
+
+
+JOINT = {
+    "barlow/imagenet-r50-1000ep-shipped": 73.3,
+    "vicreg/imagenet-r50-1000ep": 73.2,
+    "simsiam/imagenet-r50-100ep": 68.1,
+    "barlow/cifar10-resnet18-1000ep": 92.1,
+    "barlow/cifar100-resnet18-1000ep": 70.9,
+    "vicreg/cifar10-resnet18-1000ep": 92.07,
+    "vicreg/cifar100-resnet18-1000ep": 68.54,
+    "nnclr/cifar10-resnet18-1000ep": 91.88,
+    "nnclr/cifar100-resnet18-1000ep": 69.62,
+}
+
+
+@pytest.mark.parametrize("recipe", JOINT)
+def test_results_of_joint_embedding(recipe: str) -> None:
+    dataset = recipe.split("/")[1].split("-")[0]
+    assert found(recipe, f"eval/test.v1/{dataset}/top1") == [JOINT[recipe]]

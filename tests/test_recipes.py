@@ -392,3 +392,57 @@ def test_views_and_mistakes_of_scrl(name: str, suffix: str) -> None:
         boxes = method.boxes
         assert (boxes.per_image, boxes.mode, boxes.min_size, boxes.tries) == (10, "grid", 32, 50)
         assert (boxes.iou_threshold, boxes.jitter, method.aligned) == (0.5, 0, not suffix)
+
+
+JOINT = {  # widths of hidden layers and embeddings, batch, epochs, rate, decay; warm-up, last rate over the peak
+    "barlow/imagenet-r50-1000ep": (8192, 8192, 2048, 1000, 1.6, 1.5e-6, 10, 1e-3),
+    "vicreg/imagenet-r50-1000ep": (8192, 8192, 2048, 1000, 1.6, 1e-6, 10, 1e-3),
+    "vicreg/imagenet-r50-100ep": (8192, 8192, 512, 100, 0.6, 1e-6, 10, 1e-3),
+    "simsiam/imagenet-r50-100ep": (2048, 2048, 512, 100, 0.1, 1e-4, 0, 0),
+    "simsiam/imagenet-r50-800ep": (2048, 2048, 256, 800, 0.05, 1e-4, 0, 0),
+    "nnclr/imagenet-r50-1000ep": (2048, 256, 4096, 1000, 4.8, 1e-6, 10, 0),
+    "barlow/cifar10-resnet18-1000ep": (2048, 2048, 256, 1000, 0.3, 1e-4, 10, 0),
+    "vicreg/cifar100-resnet18-1000ep": (2048, 2048, 256, 1000, 0.3, 1e-4, 10, 0),
+    "simsiam/cifar10-resnet18-1000ep": (2048, 2048, 256, 1000, 0.5, 1e-5, 10, 0),
+    "nnclr/cifar100-resnet18-1000ep": (2048, 256, 256, 1000, 0.4, 1e-5, 10, 0),
+}
+
+
+@pytest.mark.parametrize("name", JOINT)
+def test_joint_embedding_methods(name: str) -> None:
+    run, method = composed(name), options(name)
+    train, optim = run.core.train, run.core.optim
+    rate = peak_lr(optim, train.batch_size)
+    found = (method.hidden, method.out_dim, train.batch_size, train.epochs, rate, optim.weight_decay)
+    assert (*found, optim.warmup_epochs, optim.final_lr) == pytest.approx(JOINT[name])
+    small = "cifar" in name
+    kind = ("sgd", "none", 1e-3) if run.method.name == "simsiam" else ("lars", "1d", 0.02 if small else 1e-3)
+    assert (optim.name, optim.exclude, optim.trust) == kind
+    assert optim.lars_clip == (small and optim.name == "lars")
+    assert run.backbone.cfg.stem == ("cifar" if small else "imagenet")  # type: ignore[attr-defined]
+
+
+def test_losses_of_the_joint_embedding_methods() -> None:
+    barlow, shipped = (options(f"barlow/imagenet-r50-1000ep{suffix}") for suffix in ("", "-shipped"))
+    assert (barlow.redundancy, barlow.scale, shipped.scale) == (0.0051, 0.024, 0.024 / 16)
+    assert 0.2 * barlow.scale == pytest.approx(0.0048)  # the rate of biases in the paper
+    vicreg = options("vicreg/imagenet-r50-1000ep")
+    assert (vicreg.invariance, vicreg.variance, vicreg.covariance) == (25, 25, 1)
+    simsiam = options("simsiam/imagenet-r50-100ep")
+    assert (simsiam.bottleneck, simsiam.projector_layers, simsiam.constant_predictor_lr) == (512, 3, True)
+    nnclr = options("nnclr/imagenet-r50-1000ep")
+    assert (nnclr.predictor_hidden, nnclr.temperature, nnclr.queue) == (4096, 0.1, 98304)
+
+
+def test_views_of_the_joint_embedding_methods() -> None:
+    first, second = options("barlow/imagenet-r50-1000ep").views
+    assert [(v.scale, v.blur.p, v.solarize) for v in (first, second)] == [
+        ((0.08, 1.0), 1.0, 0),
+        ((0.08, 1.0), 0.1, 0.2),
+    ]
+    (vicreg,) = options("vicreg/imagenet-r50-1000ep").views
+    assert (vicreg.count, vicreg.scale, vicreg.blur.p, vicreg.solarize) == (2, (0.08, 1.0), 0.5, 0.1)
+    (simsiam,) = options("simsiam/imagenet-r50-100ep").views
+    assert simsiam.model_copy(update={"count": 1}) == options("moco/coco-r50-200ep").views[0]
+    first, second = options("nnclr/cifar10-resnet18-1000ep").views
+    assert (first.blur, first.solarize, second.blur, second.solarize) == (None, 0, None, 0.2)

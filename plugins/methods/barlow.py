@@ -1,11 +1,10 @@
 """Barlow Twins: features of two views agree one by one and are uncorrelated with each other.
 
 Zbontar et al., "Barlow Twins: Self-Supervised Learning via Redundancy Reduction", ICML 2021: loss (equation 1) of
-the cross-correlation matrix (equation 2), projector and separate learning rate of vectors (section 2.2), views
-(appendix A, which takes BYOL's). Statistics and correlations are those of the global batch, and so is their
-gradient: several processes train as one. The published program sums the matrix by a collective that is not
-differentiable, so that on W processes it follows 1/W of this gradient. LARS cancels that for weights, but not for
-vectors, nor against the weight decay.
+the cross-correlation matrix (equation 2), projector and optimiser (section 2.2), views (appendix A, which takes
+BYOL's). Statistics and correlations are those of the global batch, and so is their gradient: several processes
+train as one. The published program sums the matrix by a collective that is not differentiable, so that on W
+processes it follows 1/W of this gradient; ``scale: 1/W`` gives the same.
 """
 
 from __future__ import annotations
@@ -35,9 +34,10 @@ class BarlowTwinsConfig(TwoViewConfig):
     """Width of the embeddings (paper: 8192, and wider was better)."""
     redundancy: float = Field(0.005, ge=0)
     """Weight lambda of the redundancy term (paper: 0.005; published program: 0.0051)."""
-    vector_lr: float = Field(1.0, gt=0)
-    """Learning rate of biases and normalisation parameters as a fraction of that of weights (paper: 0.0048 / 0.2 =
-    0.024, under LARS)."""
+    scale: float = Field(1.0, gt=0)
+    """Factor on the loss. LARS cancels it for the gradients of weights, not for those of biases and normalisation
+    parameters, nor against the weight decay (published program: 0.024 with rate 0.2, the paper's 0.0048 for
+    biases)."""
 
 
 class BarlowTwins(Method):
@@ -60,15 +60,8 @@ class BarlowTwins(Method):
             correlation = cross_correlation(first, second)
             invariance = (1 - correlation.diagonal()).square().sum()
             redundancy = off_diagonal_energy(correlation)
-        loss = invariance + self.cfg.redundancy * redundancy
+        loss = self.cfg.scale * (invariance + self.cfg.redundancy * redundancy)
         return {"loss": loss, "invariance": invariance.detach(), "redundancy": redundancy.detach()}
-
-    def param_groups(self) -> list[dict[str, Any]] | None:
-        named = list(self.named_parameters())
-        return [
-            {"params": [(name, p) for name, p in named if p.ndim > 1]},
-            {"params": [(name, p) for name, p in named if p.ndim <= 1], "lr_scale": self.cfg.vector_lr},
-        ]
 
 
 def cross_correlation(first: Tensor, second: Tensor) -> Tensor:

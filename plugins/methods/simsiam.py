@@ -45,9 +45,7 @@ class SimSiam(Method):
     name = "simsiam"
     accumulates = True
     Config = SimSiamConfig
-    defaults: ClassVar[dict[str, Any]] = {
-        "optim": {"name": "sgd", "lr": 0.05, "lr_per": 256, "weight_decay": 1e-4, "exclude": "none"}
-    }
+    defaults: ClassVar[dict[str, Any]] = {"optim": {"name": "adamw", "lr": 1e-3, "weight_decay": 1e-4}}
     cfg: SimSiamConfig
 
     def __init__(self, cfg: SimSiamConfig, build: Build) -> None:

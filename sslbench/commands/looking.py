@@ -117,13 +117,15 @@ def sync(
 
 
 def doctor(context: typer.Context, as_json: AsJson = False) -> None:
-    """Check the installation: versions, devices, every plugin, the MLflow store."""
-    from sslbench.report.doctor import run_checks
+    """Check the installation: versions, devices, store, data, every plugin and what fits together."""
+    prepare_environment()
+    from sslbench.doctor.checks import run_checks
     from sslbench.report.show import print_checks
 
-    checks = run_checks(context.obj.catalog)
+    session: Session = context.obj
+    checks = run_checks(session.catalog, session.runs, session.registry)
     print_checks(checks, as_json)
-    if not all(check.passed for check in checks):
+    if any(check.level == "failure" for check in checks):
         raise typer.Exit(ExitCode.UNEXPECTED)
 
 

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
+import textwrap
+from collections import Counter
 from collections.abc import Mapping, Sequence
+from itertools import groupby
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -19,11 +22,11 @@ if TYPE_CHECKING:
     from sslbench.config.compose import Composed
     from sslbench.config.registry import Registry
     from sslbench.config.schema import TrainOptions
+    from sslbench.doctor.finding import Check
     from sslbench.engine.evaluate import EvalOutcome
     from sslbench.engine.importing import Imported
     from sslbench.engine.worker import Outcome
     from sslbench.report.compare import Verdict
-    from sslbench.report.doctor import Check
     from sslbench.tracking import SyncReport
 
 
@@ -209,17 +212,20 @@ def print_imported(outcome: Imported, as_json: bool) -> None:
 
 
 def print_checks(checks: Sequence[Check], as_json: bool) -> None:
-    """The findings of ``doctor``; passed plugin checks are counted, failed ones shown."""
+    """The findings of ``doctor``, by section, with what to type where something is wrong."""
     if as_json:
         print_json([dataclasses.asdict(check) for check in checks])
         return
+    marks = {"ok": ("ok  ", "green"), "warning": ("warn", "yellow"), "failure": ("FAIL", "red")}
     console = out()
-    for check in checks:
-        mark = ("ok  ", "green") if check.passed else ("FAIL", "red")
-        advice = f"   next: {check.advice}" if check.advice and not check.passed else ""
-        console.print(Text.assemble(mark, f" {check.name:<44} {check.detail}{advice}"))
-    failed = sum(not check.passed for check in checks)
-    console.print(f"{len(checks) - failed} of {len(checks)} checks passed")
+    for section, found in groupby(checks, key=lambda check: check.section):
+        console.print(Text(section, style="bold"))
+        for check in found:
+            console.print(Text.assemble("  ", marks[check.level], f" {check.name:<28} {check.detail}"))
+            if check.advice:
+                console.print(Text(textwrap.indent(f"next: {check.advice}", " " * 36), style="dim"))
+    count = Counter(check.level for check in checks)
+    console.print(f"{count['ok']} ok, {count['warning']} warnings, {count['failure']} failures")
 
 
 def print_comparison(root: Path, selectors: Sequence[str], registry: Registry | None, as_json: bool) -> None:
