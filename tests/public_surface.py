@@ -1,6 +1,6 @@
 """Everything that users and plugins may rely on, as plain data that a snapshot keeps.
 
-``python tests/public_surface.py`` writes the snapshots anew, ``python tests/public_surface.py options`` one of them.
+``python tests/public_surface.py`` (``make surface``) writes the snapshots anew; with names, those of them alone.
 docs/compatibility.md says what a change of them means.
 """
 
@@ -34,9 +34,9 @@ from sslbench.report.reference.source import Member, modules_of, read_module
 SNAPSHOTS = Path(__file__).parent / "snapshots"
 ADVICE = """
 If this was not meant, mend the code. If it was:
-  - what was removed or renamed must go on working with a warning first (sslbench/deprecation.py, docs/compatibility.md);
+  - what was removed or renamed must go on working with a warning first (docs/compatibility.md);
   - raise API_VERSION in sslbench/__init__.py: the second number for something new, the first for anything else;
-  - say it in CHANGELOG.md, then run: python tests/public_surface.py
+  - say it in CHANGELOG.md, then run: make surface
 """
 #: What holds data of the run or of the plugin; its keys are other surfaces.
 DATA = {

@@ -1,4 +1,4 @@
-"""Plugins written against an earlier version of the API go on working: the folders ``api_MAJOR_MINOR`` beside here."""
+"""Plugins written against an earlier version of the API go on working: the folders ``api_*_*`` beside here."""
 
 from __future__ import annotations
 
