@@ -40,6 +40,8 @@ def check(
     """Try every rule of a plugin's contract and say what is broken and how to mend it."""
     session: Session = context.obj
     known = _known_kind(kind)
+    if backbone and known != "method":
+        raise ConfigError(f"check {known}: --backbone is for methods", hint="drop it")
     names, items = _names(session, known, words or [], every)
     from sslbench.report.checkup import print_checkups
     from sslbench.terminal import prepare_environment
@@ -96,9 +98,6 @@ def _kit(session: Session, kind: Kind, arguments: dict[str, Any], quick: bool) -
 
     kit = getattr(testing, f"check_{kind}")
     accepted = inspect.signature(kit).parameters
-    refused = [name for name in arguments if name not in accepted]
-    if refused:
-        raise ConfigError(f"check {kind}: there is nothing to do with --{refused[0]}", hint="it is for methods")
     slow = {name: False for name in _SLOW if quick and name in accepted}
 
     def checked(name: str) -> Any:

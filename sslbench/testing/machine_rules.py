@@ -27,8 +27,8 @@ LEFT_OUT = "left out on request"
 
 def leaves_global_state_alone(subject: MethodSubject) -> str:
     """Settings of torch, and seeds of generators within a step."""
-    subject.sound()
     before = settings()
+    subject.sound()
     states = []
     for seed in (1, 2):
         training = subject.training()
@@ -50,7 +50,7 @@ def leaves_global_state_alone(subject: MethodSubject) -> str:
 
 
 def right_in_bf16(subject: MethodSubject) -> str:
-    subject.sound()
+    subject.repeatable()
     expected = float(first_loss(subject.training()).detach())
     training = subject.training()
     training.begin(0)
@@ -72,7 +72,7 @@ def right_in_bf16(subject: MethodSubject) -> str:
 
 def right_when_compiled(subject: MethodSubject) -> str:
     """As ``train.compile=true`` does it, with a backend that needs no compiler."""
-    subject.sound()
+    subject.repeatable()
     if not subject.compiled:
         raise NotTriedError(LEFT_OUT)
     expected = subject.training().run(0, STEPS)
@@ -102,7 +102,7 @@ _COMPILING = (
 
 
 def several_ranks_train_as_one(subject: MethodSubject) -> str:
-    subject.sound()
+    subject.repeatable()
     if not subject.processes:
         raise NotTriedError(LEFT_OUT)
     report = check_ranks(
@@ -152,10 +152,12 @@ def cost(subject: MethodSubject) -> str:
         sum(p.numel() for p in part.parameters() if p.requires_grad) for part in (method, method.backbone)
     )
     further = _bytes(method) - sum(_bytes(module) for module in method.modules() if isinstance(module, Backbone))
+    of_backbone = (
+        f"{flops / max(1, flops_alone):.1f} times the backbone's, {seconds / seconds_alone:.1f} times its"
+    )
     return (
-        f"{trained:,} numbers train, {own:,} of them in the backbone; {flops / len(batch) / 1e6:.3g} MFLOP "
-        f"per image, {flops / max(1, flops_alone):.1f} times the backbone's, {seconds / seconds_alone:.1f} times its "
-        f"CPU time; {further / 2**20:.2g} MiB of state beside backbones"
+        f"{trained:,} numbers train, {own:,} of them in the backbone; {flops / len(batch) / 1e6:.3g} MFLOP per "
+        f"image, {of_backbone} CPU time; {further / 2**20:.2g} MiB of state beside backbones"
     )
 
 

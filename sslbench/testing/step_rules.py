@@ -9,6 +9,8 @@ import torch
 from pydantic import ValidationError
 from torch import Tensor, nn
 
+from sslbench.config.schema import CoreOptions
+from sslbench.config.validate import validate_section
 from sslbench.errors import ConfigError
 from sslbench.plugin.api import Backbone, Method, ViewSpec
 from sslbench.testing.rules import BrokenRuleError, NotTriedError
@@ -24,6 +26,7 @@ def can_be_built(subject: MethodSubject) -> str:
     """With a backbone that evaluations can use."""
     if not (isinstance(subject.cls, type) and issubclass(subject.cls, Method)):
         raise BrokenRuleError(f"{subject.cls!r} is no Method", "derive it from sslbench.plugin.api.Method")
+    _check_defaults(subject.cls)
     method = subject.training().method
     if not isinstance(getattr(method, "backbone", None), Backbone):
         raise BrokenRuleError(
@@ -35,6 +38,16 @@ def can_be_built(subject: MethodSubject) -> str:
         raise BrokenRuleError("it declares no views", "give Config a default: views = (ViewSpec(count=2),)")
     views = sum(spec.count for spec in subject.cfg.views)
     return f"{views} view{'s' * (views != 1)}, {_numbers(method.parameters())}"
+
+
+def _check_defaults(cls: type[Method]) -> None:
+    unknown = [key for key in cls.defaults if key not in CoreOptions.model_fields]
+    if unknown:
+        raise BrokenRuleError(
+            f"its defaults have {', '.join(unknown)}, which no core option begins with",
+            f"they begin with {', '.join(CoreOptions.model_fields)}; the method's own options belong into Config",
+        )
+    validate_section(CoreOptions, dict(cls.defaults), "", "defaults of the method")
 
 
 def loss_is_a_float32_scalar(subject: MethodSubject) -> str:
@@ -52,7 +65,9 @@ _CUT = "leave .detach(), .item() and torch.no_grad() to targets; the loss itself
 
 
 def loss_and_gradients_are_finite(subject: MethodSubject) -> str:
-    checked_loss(subject.output)
+    subject.returns_a_loss()
+    if not subject.output["loss"].requires_grad:
+        raise NotTriedError("the loss must have a gradient first")
     training = subject.training()
     for step, batch in enumerate(training.loader.batches(0, STEPS)):
         training.begin(step)

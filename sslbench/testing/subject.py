@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import traceback
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any
+from typing import Any, Self
 
 import torch
 from torch import Tensor
@@ -14,6 +15,7 @@ from sslbench.data.loader import TrainLoader
 from sslbench.plugin.api import Batch, Method, MethodConfig
 from sslbench.testing.reference import PluginReference
 from sslbench.testing.rules import BrokenRuleError, NotTriedError
+from sslbench.testing.surroundings import scatter
 from sslbench.testing.trial import Training, Trial
 
 STEPS = 4
@@ -74,7 +76,13 @@ class MethodSubject:
         self.trains()
         training = self.training()
         training.begin(0)
-        return training.method(first_batch(training))
+        batch = WatchedBatch.of(first_batch(training))
+        try:
+            return training.method(batch)
+        except Exception:
+            if batch.reader:
+                raise NotTriedError("it must do without labels first") from None
+            raise
 
     def trains(self) -> None:
         """
@@ -84,24 +92,85 @@ class MethodSubject:
         if not self.cls.trains:
             raise NotTriedError("it trains nothing")
 
-    @cached_property
-    def _obstacle(self) -> str:
+    def returns_a_loss(self) -> None:
+        """
+        Raises:
+            NotTriedError: it does not, which another rule reports.
+        """
         try:
             checked_loss(self.output)
-            finite = bool(self.training().run(0, 1)[0].isfinite())
-        except NotTriedError as reason:
-            return str(reason)
+        except NotTriedError:
+            raise
+        except Exception:  # noqa: BLE001 - see above
+            raise NotTriedError("a step must give a loss first") from None
+
+    @cached_property
+    def _obstacle(self) -> str:
+        training = self.training()
+        training.begin(0)
+        try:
+            loss = training.gradients(0, first_batch(training))["loss"]
+            training.update(0)
         except Exception:  # noqa: BLE001 - another rule reports it
             return "a step must work first"
-        return "" if finite else "the loss must be finite first"
+        numbers = [loss, *training.method.parameters()]
+        return (
+            "" if all(number.isfinite().all() for number in numbers) else "a step must give finite numbers first"
+        )
 
     def sound(self) -> None:
         """
         Raises:
             NotTriedError: not even the first step works, which other rules report.
         """
+        self.returns_a_loss()
         if self._obstacle:
             raise NotTriedError(self._obstacle)
+
+    @cached_property
+    def twins(self) -> list[tuple[list[Tensor], dict[str, Tensor]]]:
+        """Losses and last states of two runs that differ in what a run does not seed."""
+        runs = []
+        for seed in (1, 2):
+            scatter(seed)
+            training = self.training()
+            runs.append((training.run(0, STEPS), training.method.state_dict()))
+        return runs
+
+    def repeatable(self) -> None:
+        """
+        Raises:
+            NotTriedError: the same seed gives other results, so that nothing can be compared to the bit.
+        """
+        self.sound()
+        (losses, state), (others, other_state) = self.twins
+        if not (
+            all(map(torch.equal, losses, others)) and all(map(torch.equal, state.values(), other_state.values()))
+        ):
+            raise NotTriedError("the same seed must give the same training first")
+
+
+class WatchedBatch(Batch):
+    """Notes who asks for labels."""
+
+    reader: str | None = None
+
+    @classmethod
+    def of(cls, batch: Batch) -> Self:
+        watched = cls(batch.views, batch.index, batch.draws, batch.labels)
+        watched.reader = None
+        return watched
+
+    def __getattribute__(self, name: str) -> Any:
+        if name == "labels":
+            object.__setattr__(self, "reader", caller())
+        return super().__getattribute__(name)
+
+
+def caller() -> str:
+    """Whoever called the function that asks."""
+    frame = traceback.extract_stack(limit=3)[0]
+    return f"{frame.filename}, line {frame.lineno}"
 
 
 def first_batch(training: Training) -> Batch:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import io
 import pickle
-import traceback
 from collections.abc import Mapping
 from typing import Any
 
@@ -13,11 +12,9 @@ from torch import Tensor
 
 from sslbench.config.schema import CoreOptions
 from sslbench.data.sources import ArraySource
-from sslbench.plugin.api import Batch
 from sslbench.testing.rules import BrokenRuleError, NotTriedError
 from sslbench.testing.step_rules import listed
-from sslbench.testing.subject import STEPS, MethodSubject, first_loss
-from sslbench.testing.surroundings import scatter
+from sslbench.testing.subject import STEPS, MethodSubject, WatchedBatch, caller, first_loss
 from sslbench.testing.toys import CLASSES, toy_images
 from sslbench.testing.trial import Training
 
@@ -33,12 +30,7 @@ _IN_BUFFERS = (
 def same_seed_same_training(subject: MethodSubject) -> str:
     """Whatever the state of generators that the run does not seed."""
     subject.sound()
-    runs = []
-    for seed in (1, 2):
-        scatter(seed)
-        training = subject.training()
-        runs.append((training.run(0, STEPS), training.method.state_dict()))
-    (losses, state), (other_losses, other_state) = runs
+    (losses, state), (other_losses, other_state) = subject.twins
     hint = (
         "draw with batch.uniform(...) in a step and from torch's generator in __init__ and start_epoch, not from "
         "random, numpy's generator or the clock; do not iterate over sets"
@@ -50,7 +42,7 @@ def same_seed_same_training(subject: MethodSubject) -> str:
 
 def random_numbers_come_from_the_batch(subject: MethodSubject) -> str:
     """torch's own generator holds another state on each rank."""
-    subject.sound()
+    subject.repeatable()
     losses = [first_loss(subject.training(), seed).detach() for seed in (1, 2)]
     if not torch.equal(*losses):
         raise BrokenRuleError(
@@ -63,7 +55,7 @@ def random_numbers_come_from_the_batch(subject: MethodSubject) -> str:
 
 def resumes_to_the_bit(subject: MethodSubject) -> str:
     """From the middle of an epoch, into the one after next."""
-    subject.sound()
+    subject.repeatable()
     stop = STEPS + STEPS // 2
     end = stop + STEPS
     whole = subject.training()
@@ -130,28 +122,12 @@ class _WatchedSource(ArraySource):
 
     @property
     def targets(self) -> Tensor | None:
-        self.reader = _caller()
+        self.reader = caller()
         return super().targets
 
 
-class _WatchedBatch(Batch):
-    """Notes who asks for labels."""
-
-    reader: str | None = None
-
-    def __getattribute__(self, name: str) -> Any:
-        if name == "labels":
-            object.__setattr__(self, "reader", _caller())
-        return super().__getattribute__(name)
-
-
-def _caller() -> str:
-    frame = traceback.extract_stack(limit=3)[0]
-    return f"{frame.filename}, line {frame.lineno}"
-
-
-def _watched_run(subject: MethodSubject) -> list[Tensor] | None:
-    """Losses; None if a step fails for another reason.
+def _watched_run(subject: MethodSubject) -> list[Tensor]:
+    """Losses, up to a step that fails for another reason.
 
     Raises:
         BrokenRuleError: labels are read.
@@ -162,20 +138,21 @@ def _watched_run(subject: MethodSubject) -> list[Tensor] | None:
     source.reader = None
     losses = []
     for step, batch in enumerate(training.loader.batches(0, STEPS)):
-        watched = _WatchedBatch(batch.views, batch.index, batch.draws)
-        watched.reader = None
+        watched = WatchedBatch.of(batch)
         try:
             training.begin(step)
             losses.append(training.gradients(step, watched)["loss"].detach())
             training.update(step)
         except Exception:  # noqa: BLE001 - another rule reports it, unless labels are the reason
-            losses = []
+            failed = True
+        else:
+            failed = False
         if watched.reader:
             raise BrokenRuleError(f"it reads batch.labels in {watched.reader}", _PEEKING)
         if source.reader:
             raise BrokenRuleError(f"it reads the labels of the data set in {source.reader}", _PEEKING)
-        if not losses:
-            return None
+        if failed:
+            break
     return losses
 
 
@@ -211,7 +188,7 @@ def loss_falls(subject: MethodSubject) -> str:
 
 def _last_loss(training: Training, state: Mapping[str, Tensor]) -> float:
     """With this state, over the last epoch of a run."""
-    training.method.load_state_dict(state)
+    training.method.load_state_dict(state, strict=False)
     steps = training.trial.steps
     with torch.no_grad():
         losses = [float(training.method(b)["loss"]) for b in training.loader.batches(steps - STEPS, steps)]
