@@ -5,7 +5,7 @@ from __future__ import annotations
 import resource
 import time
 from collections.abc import Iterator, Mapping
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from sslbench import comm
 from sslbench.config.schema import CoreOptions
 from sslbench.engine.accumulate import gathering, part_weights, parts_of
+from sslbench.engine.blame import blaming
 from sslbench.engine.divergence import Watch
 from sslbench.engine.optim import set_learning_rate
 from sslbench.engine.precision import LossScaler, Precision, autocast
@@ -235,7 +236,8 @@ class Loop:
         return {key: torch.stack([report[key] for report in reports]).sum(dim=0) for key in reports[0]}
 
     def _forward_backward(self, batch: Batch, weight: float, check: bool) -> dict[str, Tensor]:
-        with self._autocast():
+        first_step = blaming(type(self.method), "in its first step") if check else nullcontext()
+        with self._autocast(), first_step:
             output: dict[str, Tensor] = self.model(batch)
         if check:
             self._check_output(output)

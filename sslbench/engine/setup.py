@@ -19,6 +19,7 @@ from sslbench.data.splits import eval_split
 from sslbench.data.store import open_store
 from sslbench.data.views import ViewExecutor, expand
 from sslbench.engine.accumulate import check_accumulation, check_part_sizes
+from sslbench.engine.blame import blaming
 from sslbench.engine.checkpoint import details
 from sslbench.engine.layout import faster_layout
 from sslbench.engine.loop import Plan
@@ -210,7 +211,8 @@ def _build_method(
         steps_per_epoch=steps_per_epoch,
         num_classes=len(dataset.info.classes) if composed.method.cls.uses_labels else None,
     )
-    method: Any = composed.method.cls(composed.method.cfg, build)
+    with blaming(composed.method.cls, "while it was built"):
+        method: Any = composed.method.cls(composed.method.cfg, build)
     if not isinstance(getattr(method, "backbone", None), Backbone):
         raise PluginError(
             f"method '{composed.method.name}' has no attribute 'backbone' that is a Backbone",

@@ -232,6 +232,8 @@ class MethodConfig(Options):
     def _near_names_an_earlier_view(self) -> Self:
         number = 0
         for spec in self.views:
+            if not isinstance(spec, ViewSpec):
+                raise ValueError("the field views must be annotated as tuple[ViewSpec, ...]")
             if spec.near is not None and spec.near >= number:
                 raise ValueError(f"view {number} must overlap an earlier view, got near: {spec.near}")
             number += spec.count

@@ -1,0 +1,38 @@
+"""Trains a layer that the loss does not use."""
+
+from torch import nn
+
+from sslbench import comm
+from sslbench.nn.two_views import SIMCLR_VIEWS, TwoViewConfig, stack_views
+from sslbench.plugin.api import Method, ViewSpec
+from sslbench.plugin.hooks import hookimpl
+
+
+class Config(TwoViewConfig):
+    """Options."""
+
+    views: tuple[ViewSpec, ...] = SIMCLR_VIEWS
+    """Two views of one size."""
+
+
+class Broken(Method):
+    """Pulls two views together, or would."""
+
+    name = "unused-parameter"
+    Config = Config
+
+    def __init__(self, cfg, build):
+        super().__init__(cfg, build)
+        self.backbone = build.backbone()
+        self.head = nn.Linear(self.backbone.dim, 32)
+        self.spare = nn.Linear(4, 4)
+
+    def forward(self, batch):
+        first, second = self.head(self.backbone(stack_views(batch)).pooled).chunk(2)
+        apart = (nn.functional.normalize(first) - nn.functional.normalize(second)).square().sum(1)
+        return {"loss": comm.global_mean(apart)}
+
+
+@hookimpl
+def sslbench_methods():
+    return [Broken]
