@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import ast
-import hashlib
 import importlib
 import importlib.util
 import re
@@ -31,6 +30,8 @@ def import_file(path: Path) -> ModuleType:
     Raises:
         PluginError: with the line that failed.
     """
+    import hashlib  # a listing does without
+
     digest = hashlib.sha256(str(path).encode()).hexdigest()[:8]
     name = f"sslbench_local_{path.stem}_{digest}"
     spec = importlib.util.spec_from_file_location(name, path)
