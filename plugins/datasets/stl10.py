@@ -25,7 +25,8 @@ class BinarySource(Source):
     """Images in one file of raw bytes, mapped into memory: the unlabelled split has 2.8 GB."""
 
     def __init__(self, path: Path, targets: Tensor | None) -> None:
-        if path.stat().st_size % (3 * SIDE * SIDE):
+        size = path.stat().st_size
+        if not size or size % (3 * SIDE * SIDE):
             raise DataError(f"{path} is cut off", hint="delete it and set dataset.download=true")
         self.path = path
         self._targets = targets

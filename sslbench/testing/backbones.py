@@ -81,8 +81,18 @@ def _other_sizes(subject: BackboneSubject) -> str:
     half = max(side // 2, stride, 8)
     shapes = [(half, half), (side + 5, side + 5), (2 * side, 2 * side), (side, side + stride)]
     for height, width in shapes:
-        subject.check_shapes(subject.backbone, height, width)
+        _take(subject, height, width)
     return "also " + ", ".join(f"{height}x{width}" for height, width in shapes)
+
+
+def _take(subject: BackboneSubject, height: int, width: int) -> None:
+    try:
+        subject.check_shapes(subject.backbone, height, width)
+    except (RuntimeError, ValueError, AssertionError) as error:
+        raise BrokenRuleError(
+            f"{height}x{width} pixels: {type(error).__name__}: {error}",
+            "multi-crop and evaluations show it other sizes; if it cannot, declare input_sizes = 'one'",
+        ) from error
 
 
 def _mean_pooled(subject: BackboneSubject) -> str:
@@ -198,8 +208,12 @@ def _channels_last(subject: BackboneSubject) -> str:
     backbone, images = subject.practised(), subject.images(4)
     expected = subject.out(backbone, images)
     turned: Any = copy.deepcopy(backbone).to(memory_format=torch.channels_last)
-    found = subject.out(turned, images.contiguous(memory_format=torch.channels_last))
-    return _same(expected, found, "with channels-last memory", "use reshape or flatten, not view, on maps")
+    hint = "use reshape or flatten, not view, on maps"
+    try:
+        found = subject.out(turned, images.contiguous(memory_format=torch.channels_last))
+    except RuntimeError as error:
+        raise BrokenRuleError(str(error), hint) from error
+    return _same(expected, found, "with channels-last memory", hint)
 
 
 def _same(expected: Features, found: Features, when: str, hint: str) -> str:

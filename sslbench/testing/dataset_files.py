@@ -9,6 +9,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import numpy as np
+
 from sslbench.errors import ConfigError, DataError, SslbenchError
 from sslbench.plugin.api import Dataset, Options, Source
 from sslbench.testing.dataset import DatasetSubject, contents, image_digests
@@ -115,11 +117,13 @@ def _some(files: list[Path], count: int) -> list[Path]:
 
 
 def _flipped(file: Path, share: float) -> dict[Path, bytes]:
-    content = bytearray(file.read_bytes())
-    if not content:
+    """One bit, among the bytes that are not zero: archives are padded with zeros that nobody reads."""
+    content = np.fromfile(file, np.uint8)
+    used = np.flatnonzero(content)
+    if not len(used):
         return {}
-    content[int(share * (len(content) - 1))] ^= 1
-    return {file: bytes(content)}
+    content[used[int(share * (len(used) - 1))]] ^= 1
+    return {file: content.tobytes()}
 
 
 def _exchanged(dataset: Dataset, copy: Elsewhere) -> Iterator[dict[Path, bytes]]:

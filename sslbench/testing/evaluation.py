@@ -27,8 +27,8 @@ from sslbench.testing.reference import PluginReference
 from sslbench.testing.toys import ToyBackbone
 
 Arm = Literal["revealing", "shuffled", "mixed"]
-"""What labels have to do with images: everything; nothing; and nothing in the second half of what is scored. Ranks
-that each score a part of the images find other numbers in the mixed arm."""
+"""What labels have to do with images: everything; nothing; nothing in the second half of a split. Ranks that each
+score a part of the images find other numbers in the mixed arm."""
 Task = Literal["classification", "multilabel"]
 
 CLASSES = 4
@@ -83,14 +83,12 @@ class ToyDataset(Dataset):
         patterns = torch.rand(CLASSES, 3, SIDE, SIDE, generator=torch.Generator().manual_seed(0))
         noise = torch.rand(count, 3, SIDE, SIDE, generator=generator)
         pixels = (255 * (0.5 * patterns[shown] + 0.5 * noise)).byte()
-        labels = self._labels(shown, name, generator)
+        labels = self._labels(shown, generator)
         several = torch.nn.functional.one_hot(labels, CLASSES) if self.task == "multilabel" else labels
         return ArraySource(pixels, several)
 
-    def _labels(self, shown: Tensor, split: str, generator: torch.Generator) -> Tensor:
+    def _labels(self, shown: Tensor, generator: torch.Generator) -> Tensor:
         first = {"revealing": len(shown), "shuffled": 0, "mixed": len(shown) // 2}[self.arm]
-        if self.arm == "mixed" and split == "train":
-            return shown
         rest = shown[first:]
         return torch.cat([shown[:first], rest[torch.randperm(len(rest), generator=generator)]])
 
@@ -191,7 +189,7 @@ class _Bench:
             protocol,
             ToyDataset(self.trial.arm, task, key),
             image_size=SIDE,
-            data=DataOptions(),
+            data=DataOptions(workers=0),
             seed=0,
             device=CPU,
             run_dir=self.run_dir,
