@@ -12,7 +12,6 @@ later queue, fewer ``prototypes``.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from typing import Any, ClassVar, Self
 
 import torch
@@ -21,8 +20,7 @@ from torch import Tensor
 
 from sslbench import comm
 from sslbench.errors import ConfigError
-from sslbench.nn.losses import no_autocast
-from sslbench.nn.prototypes import PrototypeConfig, PrototypeMethod
+from sslbench.nn.prototypes import PrototypeConfig, PrototypeMethod, swapped_prediction
 from sslbench.nn.queue import FeatureQueue
 from sslbench.nn.sinkhorn import SMALLEST_EPSILON, hard_codes, sinkhorn
 from sslbench.plugin.api import Batch, Build, Jitter, Method, ViewSpec
@@ -99,24 +97,6 @@ class SwAV(PrototypeMethod):
         everything = torch.cat([*self.score(stored), scores])
         codes = sinkhorn(everything, self.cfg.epsilon, self.cfg.sinkhorn_iterations)[len(stored) :]
         return hard_codes(codes) if self.cfg.hard else codes
-
-
-def swapped_prediction(scores: Tensor, codes: Mapping[int, Tensor], temperature: float) -> Tensor:
-    """Cross-entropy between each code and the prediction of every other view of the same image.
-
-    Args:
-        scores: ``[V,B,K]`` of all views.
-        codes: ``[B,K]`` of each assigned view, by its number.
-        temperature: of the predictions' softmax.
-
-    Returns:
-        fp32 scalar: the mean over codes, other views, and images of all ranks.
-    """
-    with no_autocast(scores):
-        log_p = (scores.float() / temperature).log_softmax(dim=2)
-        total = log_p.sum(dim=0)
-        losses = [-(code * (total - log_p[view])).sum(dim=1) for view, code in codes.items()]
-        return comm.global_mean(torch.stack(losses).mean(dim=0)) / (len(scores) - 1)
 
 
 def _make_queue(cfg: SwAVConfig, global_batch: int) -> FeatureQueue | None:

@@ -73,7 +73,10 @@ class TrainOptions(Options):
     """Memory layout of images and weights; unset: channels-last on CUDA, and on CPUs for networks whose narrowest
     convolution fills a vector."""
     clip_grad: float | None = Field(None, gt=0)
-    """Clip the global gradient norm to this value."""
+    """Largest norm of the gradient; a longer one is scaled down to it."""
+    clip_by: Literal["all", "tensor"] = "all"
+    """What `clip_grad` limits: the norm of `all` gradients together, or that of each parameter `tensor` by itself
+    (DINO)."""
     deterministic: bool = True
     """Ask torch for deterministic kernels."""
     sync_bn: bool | int = True
@@ -130,6 +133,8 @@ class OptimOptions(Options):
     """adam and adamw."""
     weight_decay: float = Field(1e-4, ge=0)
     """Of all parameters that `exclude` does not name."""
+    final_weight_decay: float | None = Field(None, ge=0)
+    """Where the weight decay ends, along half a cosine over the whole run (DINO); unset: it stays as it is."""
     exclude: Literal["1d", "bn-bias-names", "none"] = "1d"
     """Parameters without weight decay and LARS scaling: `1d`: all vectors (biases and normalisation);
     `bn-bias-names`: names containing "bn" or "bias", the rule the SCRL code shipped, which misses some scales."""

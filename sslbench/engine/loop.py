@@ -18,9 +18,9 @@ from sslbench.config.schema import CoreOptions
 from sslbench.engine.accumulate import gathering, part_weights, parts_of
 from sslbench.engine.blame import blaming
 from sslbench.engine.divergence import Watch
-from sslbench.engine.optim import set_learning_rate
+from sslbench.engine.optim import set_learning_rate, set_weight_decay
 from sslbench.engine.precision import LossScaler, Precision, autocast
-from sslbench.engine.schedule import learning_rate, peak_lr
+from sslbench.engine.schedule import learning_rate, peak_lr, weight_decay
 from sslbench.engine.shards import Shards
 from sslbench.engine.update import Update
 from sslbench.errors import PluginError
@@ -180,7 +180,14 @@ class Loop:
         self.device = device
         self.precision = precision
         self.core = plan.core
-        self.update = Update(method, optimizer, clip=self.core.train.clip_grad, scaler=scaler, shards=shards)
+        self.update = Update(
+            method,
+            optimizer,
+            clip=self.core.train.clip_grad,
+            clip_each=self.core.train.clip_by == "tensor",
+            scaler=scaler,
+            shards=shards,
+        )
         self.weights = part_weights(self.core.train.batch_size, comm.world(), self.core.train.accumulate)
         self.meter = meter or Meter()
         self.clock = Clock(self.core.train.batch_size, waited=loader.wait_seconds)
@@ -213,6 +220,7 @@ class Loop:
         # Dropout and the like draw from torch's generators: seeding them per step makes a resumed run exact.
         torch.manual_seed(derive_seed(self.core.run.seed, "step", progress.step, comm.rank()))
         set_learning_rate(self.optimizer, self._lr(progress.step), self.peak)
+        set_weight_decay(self.optimizer, weight_decay(self.core.optim, progress.step, progress.steps))
         first = progress.step == self.plan.start_step
         output = self._gradients(batch, first)
         if first:

@@ -78,6 +78,13 @@ def set_learning_rate(optimizer: Optimizer, lr: float, peak: float) -> None:
         group["lr"] = (peak if constant else lr) * group["lr_scale"]
 
 
+def set_weight_decay(optimizer: Optimizer, decay: float) -> None:
+    """Set the weight decay of every group that follows the options, which excluded parameters do not."""
+    for group in optimizer.param_groups:
+        if group.get("follows_decay"):
+            group["weight_decay"] = decay
+
+
 def is_excluded(rule: str, name: str, parameter: Tensor) -> bool:
     """Whether a parameter has neither weight decay nor LARS scaling under ``OptimOptions.exclude``."""
     if rule == "1d":
@@ -96,8 +103,10 @@ def _split_group(options: OptimOptions, group: Mapping[str, Any], peak: float) -
     decayed = [(name, p) for name, p in trainable if name not in names]
     scale = group.get("lr_scale", 1.0)
     common = {"weight_decay": options.weight_decay, **group, "lr_scale": scale, "lr": peak * scale}
+    # The key exists in runs with such a schedule only: states of optimisers that were saved before lack it.
+    scheduled = options.final_weight_decay is not None and "weight_decay" not in group
     parts = [
-        {**common, "params": decayed, "adapt": True},
+        {**common, "params": decayed, "adapt": True, **({"follows_decay": True} if scheduled else {})},
         {**common, "params": excluded, "adapt": False, "weight_decay": 0.0},
     ]
     return [part for part in parts if part["params"]]

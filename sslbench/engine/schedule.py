@@ -1,4 +1,4 @@
-"""The learning rate as a pure function of the step."""
+"""Learning rate and weight decay as pure functions of the step."""
 
 from __future__ import annotations
 
@@ -36,6 +36,17 @@ def learning_rate(options: OptimOptions, *, peak: float, step: int, steps: int, 
         passed = sum(step / steps >= milestone for milestone in options.milestones)
         return peak * options.gamma**passed
     return peak
+
+
+def weight_decay(options: OptimOptions, step: int, steps: int) -> float:
+    """Weight decay of one optimiser step.
+
+    Args:
+        step: zero-based.
+        steps: length of the run.
+    """
+    start, end = options.weight_decay, options.final_weight_decay
+    return start if end is None else end + (start - end) * _cosine(step / steps, 0.0)
 
 
 def _now(options: OptimOptions, step: int, steps_per_epoch: int) -> int:

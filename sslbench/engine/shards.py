@@ -67,15 +67,16 @@ def norms(tensors: list[Tensor], parameters: Sequence[Tensor]) -> Tensor:
     return comm.all_sum(torch.stack(found).square()).sqrt()
 
 
-def clip_gradients(parameters: Sequence[Tensor], limit: float) -> None:
-    """Scale the gradients down until their common norm is at most ``limit``."""
+def clip_gradients(parameters: Sequence[Tensor], limit: float, *, each: bool = False) -> None:
+    """Scale the gradients down until their common norm, or that of ``each``, is at most ``limit``."""
     held = [parameter for parameter in parameters if parameter.grad is not None]
-    if not any(isinstance(parameter, Shard) for parameter in held):
+    if not each and not any(isinstance(parameter, Shard) for parameter in held):
         nn.utils.clip_grad_norm_(held, limit)
         return
     gradients = [parameter.grad for parameter in held if parameter.grad is not None]
-    factor = (limit / (norms(gradients, held).norm() + 1e-6)).clamp(max=1.0)
-    torch._foreach_mul_(gradients, factor)
+    found = norms(gradients, held)
+    factors = (limit / ((found if each else found.norm()) + 1e-6)).clamp(max=1.0)
+    torch._foreach_mul_(gradients, list(factors.unbind()) if each else factors)
 
 
 def shard_optimizer(optimizer: Optimizer, shards: Mapping[nn.Parameter, Shard], device: torch.device) -> None:

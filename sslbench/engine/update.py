@@ -15,7 +15,8 @@ class Update:
     """Unscale, let the method edit, clip, step.
 
     Args:
-        clip: largest global norm of the gradients; None: any.
+        clip: largest norm of the gradients; None: any.
+        clip_each: that of each parameter's by itself, not of all together.
         scaler: for fp16. A step whose gradients overflow is skipped as if it had not been taken: neither weights,
             optimiser, ``before_step`` nor ``after_step`` (EMA, queues) move; only the data and the schedules,
             which are functions of the step, go on.
@@ -28,12 +29,14 @@ class Update:
         optimizer: Optimizer,
         *,
         clip: float | None = None,
+        clip_each: bool = False,
         scaler: LossScaler | None = None,
         shards: Shards | None = None,
     ) -> None:
         self.method = method
         self.optimizer = optimizer
         self.clip = clip
+        self.clip_each = clip_each
         self.scaler = scaler
         self.shards = shards
 
@@ -63,7 +66,8 @@ class Update:
         self._take_gradients()
         if self.clip:
             parameters = self.method.parameters()
-            clip_gradients(self.shards.instead_of(parameters) if self.shards else list(parameters), self.clip)
+            held = self.shards.instead_of(parameters) if self.shards else list(parameters)
+            clip_gradients(held, self.clip, each=self.clip_each)
         self.optimizer.step()
         self.method.after_step(progress)
 

@@ -8,6 +8,7 @@ from typing import Any, Self
 
 import torch
 from torch import nn
+from torch.nn.modules.batchnorm import _NormBase
 
 from sslbench import comm
 
@@ -16,7 +17,8 @@ class EMA(nn.Module):
     """A frozen network whose parameters trail those of an online network.
 
     Only parameters are averaged. Normalisation buffers come from the network's own forward passes, which is why
-    it stays in train mode, as BYOL's and SCRL's authors do.
+    its normalisations stay in train mode, as BYOL's and SCRL's authors do. All else is in eval mode: a target
+    drops neither units nor paths.
 
     Args:
         module: the network to freeze and own. Give an independently initialised one, or use :meth:`copy_of`.
@@ -25,6 +27,14 @@ class EMA(nn.Module):
     def __init__(self, module: nn.Module) -> None:
         super().__init__()
         self.module = module.requires_grad_(False)
+        self.train()
+
+    def train(self, mode: bool = True) -> Self:
+        """Only normalisations over the batch are ever in train mode."""
+        super().train(mode)
+        for module in self.module.modules():
+            module.training = mode and isinstance(module, _NormBase)
+        return self
 
     @classmethod
     def copy_of(cls, online: nn.Module) -> Self:

@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
 from itertools import pairwise
 from typing import Literal
 
 from torch import nn
 
-Activation = Literal["relu", "leaky-relu"]
-_ACTIVATIONS: dict[Activation, type[nn.ReLU | nn.LeakyReLU]] = {"relu": nn.ReLU, "leaky-relu": nn.LeakyReLU}
+Activation = Literal["relu", "leaky-relu", "gelu"]
+_ACTIVATIONS: dict[Activation, Callable[[], nn.Module]] = {
+    "relu": partial(nn.ReLU, inplace=True),
+    "leaky-relu": partial(nn.LeakyReLU, inplace=True),
+    "gelu": nn.GELU,
+}
 
 
 def mlp(
@@ -36,7 +42,7 @@ def mlp(
         layers.append(nn.Linear(width, next_width))
         if norm:
             layers.append(nn.BatchNorm1d(next_width))
-        layers.append(_ACTIVATIONS[activation](inplace=True))
+        layers.append(_ACTIVATIONS[activation]())
     layers.append(nn.Linear(dims[-2], dims[-1], bias=final_bias))
     if final_norm:
         layers.append(nn.BatchNorm1d(dims[-1], affine=final_norm == "affine"))

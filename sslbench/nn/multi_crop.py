@@ -6,16 +6,19 @@ from collections.abc import Sequence
 from itertools import groupby
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from sslbench.plugin.api import Backbone, View
+from sslbench.plugin.api import View
 
 
-def encode_views(backbone: Backbone, views: Sequence[View]) -> Tensor:
+def encode_views(backbone: nn.Module, views: Sequence[View]) -> Tensor:
     """Pooled features of all views.
 
     Views of one size that follow each other go through the backbone together, so batch normalisation sees one
     resolution at a time.
+
+    Args:
+        backbone: a backbone, or what follows one (:class:`sslbench.nn.ema.EMA`).
 
     Returns:
         ``[V*B,D]``, view-major: row ``v*B + b`` is view v of image b.

@@ -1,8 +1,8 @@
-"""What SwAV, DeepCluster-v2 and SeLa-v2 share: unit embeddings of all views, scored by unit prototypes."""
+"""What SwAV, DeepCluster-v2, SeLa-v2 and DINO share: views scored by unit prototypes."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Self, cast
 
 import torch
@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from pydantic import Field, model_validator
 from torch import Tensor, nn
 
+from sslbench import comm
 from sslbench.nn.heads import mlp
 from sslbench.nn.losses import no_autocast
 from sslbench.nn.multi_crop import encode_views
@@ -35,6 +36,25 @@ class Prototypes(nn.Linear):
         """fp32 scores ``[N,K]`` whatever the autocast."""
         with no_autocast(embeddings):
             return super().forward(embeddings.float())
+
+
+class NormedPrototypes(nn.Module):
+    """Scores by prototypes ``scale_k * direction_k`` (weight normalisation: Salimans & Kingma, 2016), which the
+    optimiser can move freely: only the direction of a row counts.
+
+    Args:
+        fixed_length: keep all lengths at 1; else they are learned.
+    """
+
+    def __init__(self, dim: int, count: int, *, fixed_length: bool = True) -> None:
+        super().__init__()
+        self.direction = nn.Parameter(torch.empty(count, dim).uniform_(-(dim**-0.5), dim**-0.5))
+        self.scale = nn.Parameter(torch.ones(count, 1), requires_grad=not fixed_length)
+
+    def forward(self, embeddings: Tensor) -> Tensor:
+        """``[N,D]`` to fp32 scores ``[N,K]`` whatever the autocast."""
+        with no_autocast(embeddings):
+            return F.linear(embeddings.float(), self.scale * F.normalize(self.direction, dim=1))
 
 
 class PrototypeConfig(MethodConfig):
@@ -108,3 +128,21 @@ class PrototypeMethod(Method):
         if progress.step < self.cfg.freeze_steps:
             for parameter in self.prototypes.parameters():
                 parameter.grad = None
+
+
+def swapped_prediction(scores: Tensor, codes: Mapping[int, Tensor], temperature: float) -> Tensor:
+    """Cross-entropy between each code and the prediction of every other view of the same image.
+
+    Args:
+        scores: ``[V,B,K]`` of all views.
+        codes: ``[B,K]`` of some views, by their numbers: probabilities without gradient.
+        temperature: of the predictions' softmax.
+
+    Returns:
+        fp32 scalar: the mean over codes, other views, and images of all ranks.
+    """
+    with no_autocast(scores):
+        log_p = (scores.float() / temperature).log_softmax(dim=2)
+        total = log_p.sum(dim=0)
+        losses = [-(code * (total - log_p[view])).sum(dim=1) for view, code in codes.items()]
+        return comm.global_mean(torch.stack(losses).mean(dim=0)) / (len(scores) - 1)
