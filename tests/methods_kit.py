@@ -7,6 +7,7 @@ from torch import Tensor, nn
 
 from sslbench.plugin.api import Backbone, Batch, Build, Features, Method, Options, View
 from sslbench.rng import Draws
+from sslbench.testing.toys import ToyTransformer
 
 SIDE = 32
 
@@ -35,14 +36,14 @@ class TinyBackbone(Backbone):
         return Features(feature_map.mean(dim=(2, 3)), feature_map, stem)
 
 
-def build(norm: bool = True, num_classes: int | None = 10) -> Build:
-    return Build(lambda: TinyBackbone(norm), 8, 100, 50, 10, num_classes)
+def build(norm: bool = True, num_classes: int | None = 10, tokens: bool = False) -> Build:
+    return Build(lambda: ToyTransformer() if tokens else TinyBackbone(norm), 8, 100, 50, 10, num_classes)
 
 
 def make(cls: type[Method], seed: int = 0, norm: bool = True, **options: object) -> Method:
     """A method with reproducible initial weights."""
     torch.manual_seed(seed)
-    return cls(cls.Config(**options), build(norm))
+    return cls(cls.Config(**options), build(norm, tokens="tokens" in cls.requires))
 
 
 def view(images: Tensor, generator: torch.Generator) -> View:

@@ -61,6 +61,7 @@ class VisionTransformer(Backbone):
     def __init__(self, cfg: ViTOptions, image_size: int) -> None:
         super().__init__(cfg, image_size)
         self.stride = _patch_side(cfg, image_size)
+        self.mean_pooled = cfg.pool == "mean"
         side = max(image_size // self.stride, 1)
         self.grid = side, side
         self.patch_embed = PatchEmbedding(self.stride, self.dim)

@@ -16,6 +16,7 @@ from sslbench.testing.documented import check_options, options_of
 from sslbench.testing.reference import PluginReference
 from sslbench.testing.rules import BrokenRuleError, Checkup, NotTriedError, Rule, check_up
 from sslbench.testing.segments import segments_are_called_once, segments_hold_activations
+from sslbench.testing.tokens import tokens_are_patches
 
 TOLERANCE = 1e-3
 """Largest relative difference between two ways to compute the same features in fp32."""
@@ -273,6 +274,7 @@ RULES: tuple[Rule[BackboneSubject], ...] = (
     Rule("dim, stride and stem_dim are true", _dimensions),
     Rule("takes images of other sizes", _other_sizes),
     Rule("pooled is the mean of map", _mean_pooled),
+    Rule("tokens are patches, and hidden ones take no part", tokens_are_patches),
     Rule("features are finite", _finite),
     Rule("every parameter gets a gradient", _gradients),
     Rule("evaluation looks at each image by itself", _by_itself),
