@@ -36,6 +36,8 @@ METHODS = (
     Checked("deepcluster", {"clusters": 5}),
     Checked("deepcluster_v2", _CLUSTERS),
     Checked("deepinfomax", {"global_weight": 0.5, "cells": 20}),
+    Checked("dino", {"hidden": 16, "bottleneck": 8, "prototypes": 12, "freeze_epochs": 0}),
+    Checked("mae", {"decoder_dim": 16, "decoder_heads": 2}),
     Checked("moco", {**_MOCO, "bn_groups": 4}, uneven=False, title="moco, groups"),
     Checked("moco", {**_MOCO, "bn_groups": 1}, _ONE_GROUP, title="moco, one group"),
     Checked("nnclr", {**_SMALL, "predictor_hidden": 16, "queue": 56}),

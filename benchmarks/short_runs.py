@@ -22,7 +22,7 @@ from typing import Any
 
 METHODS = (
     *("random", "simclr", "byol", "scrl", "moco", "swav", "deepcluster_v2", "sela_v2"),
-    *("relationnet", "rotationnet", "deepinfomax", "deepcluster", "supervised"),
+    *("relationnet", "rotationnet", "deepinfomax", "deepcluster", "dino", "supervised"),
 )
 COLUMNS = ("method", "images", "loss first", "loss last", "images/s", "linear test", "linear val", "knn val")
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import math
 
 import pytest
 import torch
@@ -11,7 +12,9 @@ from pydantic import ValidationError
 from torch import Tensor, nn
 
 from sslbench.config.schema import CoreOptions, OptimOptions
-from sslbench.engine.optim import build_optimizer, set_learning_rate
+from sslbench.engine.optim import build_optimizer, set_learning_rate, set_weight_decay
+from sslbench.engine.schedule import weight_decay
+from sslbench.engine.shards import clip_gradients
 from sslbench.errors import PluginError
 from sslbench.plugin.api import Build
 from sslbench.plugin.catalog import Catalog
@@ -289,6 +292,37 @@ def test_clipped_lars_takes_the_ratio_for_a_rate_of_at_most_lr():
     torch.testing.assert_close(module.far.detach(), torch.full((4,), 99.5))  # 2, more than lr
     with pytest.raises(ValidationError, match="lars_clip exists for name 'lars' only"):
         OptimOptions(name="sgd", lars_clip=True)
+
+
+def test_weight_decay_follows_a_cosine_where_the_options_rule_it():
+    """DINO's 0.04 to 0.4; neither excluded parameters nor groups with a decay of their own take part."""
+    options = OptimOptions(weight_decay=0.04, final_weight_decay=0.4)
+    decays = [weight_decay(options, step, 100) for step in (0, 25, 50, 75, 100)]
+    assert decays == pytest.approx([0.04, 0.0927208, 0.22, 0.3472792, 0.4])
+    module = network()
+    named = list(module.named_parameters())
+    groups = [{"params": named[:3]}, {"params": named[3:], "weight_decay": 0.5}]
+    optimizer = build_optimizer(options, groups, module, 4)
+    set_weight_decay(optimizer, 0.3)
+    assert [g["weight_decay"] for g in optimizer.param_groups] == [0.3, 0.0, 0.5, 0.0]
+
+
+def test_weight_decay_stays_unless_told_otherwise():
+    optimizer = build_optimizer(OptimOptions(weight_decay=0.1), None, network(), 4)
+    set_weight_decay(optimizer, weight_decay(OptimOptions(weight_decay=0.1), 50, 100))
+    assert [g["weight_decay"] for g in optimizer.param_groups] == [0.1, 0.0]
+    assert weight_decay(OptimOptions(weight_decay=0.1), 50, 100) == 0.1
+
+
+def test_each_gradient_is_clipped_by_itself():
+    """Norms 5 and 1 with a limit of 2: the first becomes 2 long, the second stays; together they share a factor."""
+    first, second = nn.Parameter(torch.zeros(2)), nn.Parameter(torch.zeros(1))
+    for each in (True, False):
+        first.grad, second.grad = torch.tensor([3.0, -4.0]), torch.tensor([1.0])
+        clip_gradients([first, second], 2.0, each=each)
+        lengths = [first.grad.norm().item(), second.grad.norm().item()]
+        factor = 2 / math.sqrt(26)
+        assert lengths == pytest.approx([2, 1] if each else [5 * factor, factor], rel=1e-5)
 
 
 def test_frozen_parameters_are_left_out():

@@ -259,6 +259,8 @@ def test_methods_declare_what_adds_up() -> None:
     methods = {entry.name: catalog.load("method", entry.name) for entry in catalog.entries("method")}
     assert {name for name, cls in methods.items() if cls.accumulates} == {
         "byol",
+        "dino",
+        "mae",
         "rotationnet",
         "simsiam",
         "supervised",
