@@ -149,7 +149,8 @@ class DINO(Method):
 
     def _note(self, scores: Tensor, step: int) -> None:
         """Sum what the teacher says in a step, which may come in several parts, and count its rows."""
-        sums = torch.cat([scores.sum(dim=(0, 1)), scores.new_tensor([scores.shape[0] * scores.shape[1]])])
+        rows = scores.new_full((1,), scores.shape[0] * scores.shape[1])
+        sums = torch.cat([scores.sum(dim=(0, 1)), rows])
         # A step that was not taken has left its sums behind.
         self._seen = step, self._seen[1] + sums if self._seen[0] == step else sums
 
