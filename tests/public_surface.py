@@ -57,7 +57,7 @@ SOMETIMES = re.compile("git_")
 
 def names() -> dict[str, Any]:
     """Public modules with their names and signatures."""
-    modules = [*CONTRACTS, "sslbench.deprecation", *modules_of(BLOCKS)]
+    modules = [*CONTRACTS, *modules_of(BLOCKS)]
     return {"API_VERSION": API_VERSION} | {name: _module(name) for name in modules}
 
 

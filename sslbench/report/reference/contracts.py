@@ -14,6 +14,7 @@ CONTRACTS = (
     "sslbench.comm",
     "sslbench.errors",
     "sslbench.testing",
+    "sslbench.deprecation",
 )
 BLOCKS = "sslbench.nn"
 HOOKS = "sslbench.plugin.hooks"
