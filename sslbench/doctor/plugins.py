@@ -140,12 +140,12 @@ def compatibility(loaded: Iterable[Loaded]) -> Iterator[Check]:
     backbones = {p.name: set(p.facts["provides"]) for p in plugins if p.kind == "backbone" and p.facts}
     for method in (p for p in plugins if p.kind == "method" and p.facts):
         required = set(method.facts["requires"])
-        fits = {name: required <= provided for name, provided in backbones.items()}
-        lacking = [name for name, fit in fits.items() if not fit]
+        fits = [name for name, provided in backbones.items() if required <= provided]
+        lacking = [name for name in backbones if name not in fits]
         needs = f"needs {', '.join(sorted(required)) or 'nothing'}"
         words = f"{needs}; not with {', '.join(lacking)}" if lacking else f"{needs}; with every backbone"
-        level: Level = "warning" if fits and not any(fits.values()) else "ok"
-        yield Check("compatibility", method.name, level, words, data=fits)
+        level: Level = "warning" if backbones and not fits else "ok"
+        yield Check("compatibility", method.name, level, words, data={"fits": fits, "lacking": lacking})
 
 
 def data_roots(loaded: Iterable[Loaded], configured: Mapping[str, str]) -> Iterator[Check]:

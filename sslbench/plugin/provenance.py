@@ -47,7 +47,8 @@ def identity(entry: Registered) -> dict[str, str]:
 
     ``sha256`` is that of the plugin's own file, ``package_sha256`` that of every file of its package (``covers``
     says which). ``git_commit`` and ``git_modified`` describe the repository of a source that is not a copy: an
-    editable installation or a local file. They are taken once per process: what was imported does not change.
+    editable installation or a local file; empty for others. All is taken once per process: what was imported does
+    not change.
     """
     sources = sources_of(entry)
     return {
@@ -58,7 +59,7 @@ def identity(entry: Registered) -> dict[str, str]:
         "sha256": _file_digest(entry.path) if entry.path and entry.path.is_file() else "unknown",
         "package_sha256": _package_digest(sources),
         "covers": sources.covers,
-        **(_git_state(sources) or {}),
+        **(_git_state(sources) or {"git_commit": "", "git_modified": ""}),
     }
 
 
@@ -66,7 +67,7 @@ def short(identity: Mapping[str, str]) -> str:
     """An identity on one line, for tags and tables."""
     words = [f"{identity['name']} of {identity['distribution']} {identity['version']}"]
     words.append(f"sha256 {identity['sha256'][:12]}, package {identity['package_sha256'][:12]}")
-    if "git_commit" in identity:
+    if identity["git_commit"]:
         changed = " with changes" if identity["git_modified"] == "true" else ""
         words.append(f"git {identity['git_commit'][:12]}{changed}")
     return ", ".join(words)

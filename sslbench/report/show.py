@@ -14,7 +14,7 @@ from rich import box
 from rich.table import Table
 from rich.text import Text
 
-from sslbench.plugin.catalog import Catalog, Kind
+from sslbench.plugin.catalog import Catalog, Entry, Kind
 from sslbench.report.listing import print_json
 from sslbench.screen import Screen
 
@@ -55,16 +55,29 @@ def show_plugin(catalog: Catalog, registry: Registry, kind: Kind, name: str, as_
         if catalog.split(kind, str(recipe.config.get(kind, {}).get("name")))[0] == entry.name
     ]
     if as_json:
-        print_json({**entry.identity(), "kind": kind, "doc": cls.__doc__, "options": options, "recipes": recipes})
+        facts = {**entry.identity(), "file": entry.path and str(entry.path), "kind": kind, "doc": cls.__doc__}
+        print_json({**facts, "options": options, "recipes": recipes})
         return
     console = out()
     console.print(_headed(entry.name, f"{kind} of {entry.distribution} {entry.version}  ({entry.module})"))
+    console.print(_origin(entry))
     console.print(_module_doc(cls))
     console.print(_option_table(f"options (write {_prefix(kind, entry.name)}KEY=VALUE)", options))
     for model in nested_models(cls.Config):
         console.print(_option_table(model.__name__, describe_options(model)))
     if recipes:
         console.print(f"recipes: {', '.join(recipes)}")
+
+
+def _origin(entry: Entry) -> str:
+    """Where its code lies and what it is, as runs record it."""
+    known = entry.identity()
+    lines = [f"file     {entry.path}", f"sha256   {known['sha256']}"]
+    lines.append(f"package  {known['package_sha256']} ({known['covers']})")
+    if known["git_commit"]:
+        changed = ", with changes since" if known["git_modified"] == "true" else ""
+        lines.append(f"git      {known['git_commit']}{changed}")
+    return "\n".join(lines) + "\n"
 
 
 def show_recipe(registry: Registry, name: str, as_json: bool) -> None:
