@@ -1,4 +1,4 @@
-"""What doctor finds: machine, variables, stray files, data, compatibility; plugins that crash, hang or lack an extra."""
+"""What doctor finds: machine, variables, stray files, data, what fits together; plugins that crash or hang."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import pytest
 from installed_kit import install
 
 from sslbench.config.registry import Registry
-from sslbench.doctor import child, machine, plugins
+from sslbench.doctor import checks, child, machine, plugins
 from sslbench.doctor.finding import Check
 from sslbench.doctor.plugins import Loaded, compatibility, data_roots, health, imports, load_all
 from sslbench.doctor.strays import files_without_entry_points
@@ -69,7 +69,7 @@ def test_versions_devices_and_disk(tmp_path: Path) -> None:
 def test_files_that_nothing_leads_to_are_found(site: Path, workdir: Path) -> None:
     hook = "@hookimpl\ndef sslbench_methods():\n    return []\n"
     (workdir / "here.py").write_text(f"from sslbench.plugin.hooks import hookimpl\n\n{hook}")
-    (workdir / "given.py").write_text(hook)
+    (workdir / "given.py").write_text(f"from sslbench.plugin.hooks import hookimpl\n\n{hook}")
     (workdir / "plugins").mkdir()
     (workdir / "plugins" / "below.py").write_text(hook.replace("methods", "run_started"))
     (workdir / "plain.py").write_text("def sslbench_methods():\n    return []\n")
@@ -156,20 +156,15 @@ def test_plugins_that_crash_or_lack_an_extra_and_extensions_with_complaints(
     assert all(check.level == "ok" for check in compatibility(everything))
 
 
-def test_a_damaged_registry_file_is_a_finding(site: Path) -> None:
-    from sslbench.doctor.checks import _registries
-
-    install(
-        site,
-        "ssl-bad",
-        {"ssl_bad/__init__.py": "", "ssl_bad/registry.yaml": "recipes: ["},
-        {"registries": {"o": "ssl_bad"}},
-    )
-    checks, configured = _registries(
-        Catalog(), lambda: Registry(version=1, defaults={"dataset": {"name": "d", "root": "r"}})
-    )
+def test_a_damaged_registry_file_and_a_broken_file_are_findings(site: Path, workdir: Path) -> None:
+    files = {"ssl_bad/__init__.py": "", "ssl_bad/registry.yaml": "recipes: ["}
+    install(site, "ssl-bad", files, {"registries": {"own": "ssl_bad"}})
+    main = Registry(version=1, defaults={"dataset": {"name": "d", "root": "r"}})
+    found, configured = checks._registries(Catalog(), lambda: main)
     assert configured == {"d": "r"}
-    assert [(check.name, check.level) for check in checks] == [
-        ("registry", "ok"),
-        ("registry of ssl-bad 1.0", "warning"),
-    ]
+    levels = [(check.name, check.level) for check in found]
+    assert levels == [("registry", "ok"), ("registry of ssl-bad 1.0", "warning")]
+    (workdir / "torn.py").write_text("1 / 0\n")
+    torn = checks._broken_file(workdir / "torn.py")
+    assert torn is not None
+    assert (torn.level, "ZeroDivisionError" in torn.detail) == ("failure", True)

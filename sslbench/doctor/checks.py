@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterable, Iterator
+from dataclasses import replace
 from pathlib import Path
 
 from sslbench.config.published import with_packages
@@ -24,11 +25,25 @@ def run_checks(catalog: Catalog, runs: Path, registry: Callable[[], Registry]) -
         registry: reads the registry file.
     """
     found = [*machine.versions(), *machine.devices(), machine.disk(runs), machine.store(), *variables()]
+    broken = [check for path in catalog.local if (check := _broken_file(path))]
+    if broken:
+        names = {check.name for check in broken}
+        catalog = replace(catalog, local=[path for path in catalog.local if str(path) not in names])
+    found += broken
     loaded = plugins.load_all(catalog)
     found += [*plugins.imports(loaded), *plugins.clashes(catalog), *_left_out(catalog), *plugins.health(loaded)]
     found += files_without_entry_points(catalog, Path.cwd())
     checks, configured = _registries(catalog, registry)
     return [*found, *checks, *plugins.data_roots(loaded, configured), *plugins.compatibility(loaded)]
+
+
+def _broken_file(path: Path) -> Check | None:
+    """What is wrong with a file given with ``-p``."""
+    try:
+        Catalog((path,)).entries("method")
+    except SslbenchError as error:
+        return Check("plugins", str(path), "failure", error.message, error.hint or "mend the file")
+    return None
 
 
 def _registries(catalog: Catalog, registry: Callable[[], Registry]) -> tuple[list[Check], dict[str, str]]:

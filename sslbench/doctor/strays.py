@@ -6,7 +6,7 @@ import re
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
-from sslbench.doctor.finding import Check, Level
+from sslbench.doctor.finding import Check
 from sslbench.plugin.catalog import KINDS, Catalog
 from sslbench.plugin.entry import EXTENSIONS, Registered
 from sslbench.plugin.provenance import sources_of
@@ -19,12 +19,11 @@ _MOST_BYTES = 1 << 20
 def files_without_entry_points(catalog: Catalog, folder: Path) -> Iterator[Check]:
     """Plugin files here (also below ``plugins/``) or in packages with plugins that no entry point names."""
     known = {entry.path.resolve() for entry in catalog.everything() if entry.path}
-    local = {path.resolve() for path in catalog.local}
+    known |= {path.resolve() for path in catalog.local}
     for path in (*sorted(folder.glob("*.py")), *sorted((folder / "plugins").rglob("*.py"))):
         if path.resolve() not in known and (hooks := hooks_of(path)):
             advice = f"sslbench -p {path.relative_to(folder)} ..., or an entry point in {_group(hooks)}"
-            level: Level = "ok" if path.resolve() in local else "warning"
-            yield _check(str(path.relative_to(folder)), hooks, advice, level)
+            yield _check(str(path.relative_to(folder)), hooks, advice)
             known.add(path.resolve())
     for owner, path in _installed(catalog.everything()):
         if path.resolve() not in known and (hooks := hooks_of(path)):
@@ -44,9 +43,9 @@ def hooks_of(path: Path) -> list[str]:
         return []
 
 
-def _check(name: str, hooks: Iterable[str], advice: str, level: Level = "warning") -> Check:
+def _check(name: str, hooks: Iterable[str], advice: str) -> Check:
     words = f"implements {', '.join(hooks)}, and no entry point names it"
-    return Check("files", name, level, words, advice if level != "ok" else "")
+    return Check("files", name, "warning", words, advice)
 
 
 def _group(hooks: Iterable[str]) -> str:
@@ -58,6 +57,8 @@ def _installed(entries: Iterable[Registered]) -> Iterator[tuple[str, Path]]:
     """Python files of packages that have registered something."""
     owners = {entry.distribution: entry for entry in entries if not entry.is_local}
     for entry in owners.values():
-        for _, path in sources_of(entry).files:
-            if path.suffix == ".py":
+        for name, path in sources_of(entry).files:
+            folders = path.parents[: name.count("/")]
+            # A folder that is no package holds templates, not modules.
+            if path.suffix == ".py" and all((folder / "__init__.py").is_file() for folder in folders):
                 yield entry.owner, path
