@@ -13,7 +13,10 @@ from sslbench.errors import ConfigError
 from sslbench.plugin.api import Method
 from sslbench.plugin.catalog import Catalog
 from sslbench.testing import Checkup, ConformanceError, check_method
-from sslbench.testing.methods import RULES
+from sslbench.testing.machine_rules import takes_uneven_batches
+from sslbench.testing.methods import RULES, subject_of
+from sslbench.testing.ranks import Checked, check_all
+from sslbench.testing.reference import PluginReference
 from sslbench.testing.surroundings import settings
 
 COMPILED, RANKS = "right when compiled", "several ranks train as one"
@@ -85,6 +88,20 @@ def test_a_right_method_passes_on_several_ranks() -> None:
     check(Right, RANKS).raise_if_broken()
 
 
+@pytest.mark.slow
+def test_built_in_methods_pass_on_several_ranks() -> None:
+    """As the rule tries them, in one set of processes."""
+    subjects = [subject_of(PluginReference.of("method", name)) for name in NAMES]
+    trained = [
+        Checked(subject.reference, uneven=takes_uneven_batches(subject), title=subject.cls.name)
+        for subject in subjects
+        if subject.cls.trains
+    ]
+    first = subjects[0]
+    reports = check_all(trained, images=first.images, batch_size=first.batch_size, timeout=600)
+    assert [str(report.error) for report in reports if report.error] == []
+
+
 def test_a_method_that_trains_nothing_is_not_tried() -> None:
     checkup = check("random")
     assert not checkup.broken
@@ -103,6 +120,8 @@ def test_the_error_names_every_broken_rule(capsys) -> None:
 def test_wrong_options_are_the_callers() -> None:
     with pytest.raises(ConfigError, match="temprature"):
         check_method(Right, options={"temprature": 1.0})
+    with pytest.raises(ConfigError, match="no rule 'the loss fals'; did you mean 'the loss falls'"):
+        check_method(Right, only=["the loss fals"])
 
 
 def test_a_check_leaves_the_process_as_it_was() -> None:

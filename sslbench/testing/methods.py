@@ -7,6 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from sslbench.errors import ConfigError, did_you_mean
 from sslbench.plugin.api import Backbone, Method
 from sslbench.testing import machine_rules, step_rules, training_rules
 from sslbench.testing.documented import check_options, options_of
@@ -46,28 +47,46 @@ def check_method(
         only: names of rules, to try those and no others.
 
     Raises:
-        ConfigError: the options are wrong.
+        ConfigError: the options are wrong, or there is no such rule.
         PluginError: there is no such plugin, it cannot be imported, or other processes cannot find it.
     """
-    reference = PluginReference.of("method", method)
-    cls: type[Method] = reference.load()
-    subject = MethodSubject(
-        reference,
-        cls,
-        options_of(cls, options),
-        options or {},
-        core or {},
-        PluginReference.of("backbone", backbone) if backbone is not None else None,
-        images,
-        batch_size,
-        world,
-        processes,
-        compiled,
-        timeout,
+    subject = subject_of(
+        PluginReference.of("method", method),
+        options=options or {},
+        core=core or {},
+        backbone=None if backbone is None else PluginReference.of("backbone", backbone),
+        images=images,
+        batch_size=batch_size,
+        world=world,
+        processes=processes,
+        compiled=compiled,
+        timeout=timeout,
     )
+    _check_names(only)
     first, *rules = (replace(rule, check=_undisturbed(rule.check)) for rule in RULES)
     rules = [rule for rule in rules if not only or rule.name in only]
-    return check_up("method", reference.title, subject, rules, first=first)
+    return check_up("method", subject.reference.title, subject, rules, first=first)
+
+
+def subject_of(reference: PluginReference, **fields: Any) -> MethodSubject:
+    """What the rules are tried on; ``fields`` are those of a subject that are not their defaults.
+
+    Raises:
+        ConfigError: the options are wrong.
+        PluginError: there is no such plugin, or it cannot be imported.
+    """
+    cls: type[Method] = reference.load()
+    return MethodSubject(reference, cls, options_of(cls, fields.get("options")), **fields)
+
+
+def _check_names(only: Collection[str]) -> None:
+    names = [rule.name for rule in RULES]
+    for name in only:
+        if name not in names:
+            raise ConfigError(
+                f"check_method: there is no rule '{name}'{did_you_mean(name, names)}",
+                hint=f"rules: {', '.join(names)}",
+            )
 
 
 def _undisturbed(check: Callable[[MethodSubject], str]) -> Callable[[MethodSubject], str]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import traceback
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any, Self
 
@@ -33,8 +33,8 @@ class MethodSubject:
     reference: PluginReference
     cls: type[Method]
     cfg: MethodConfig
-    options: Mapping[str, Any]
-    core: Mapping[str, Any]
+    options: Mapping[str, Any] = field(default_factory=dict)
+    core: Mapping[str, Any] = field(default_factory=dict)
     backbone: PluginReference | None = None
     images: int = 128
     batch_size: int = 32
