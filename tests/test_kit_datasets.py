@@ -21,6 +21,7 @@ from torch import Tensor
 from sslbench.config.options import cosmetic
 from sslbench.errors import ConfigError, DataError
 from sslbench.plugin.api import Dataset, DatasetInfo, Options, Published, Source
+from sslbench.plugin.catalog import Catalog
 from sslbench.testing import ConformanceError, check_dataset
 from sslbench.testing.dataset import DatasetSubject
 from sslbench.testing.dataset_files import FILE_RULES
@@ -179,6 +180,11 @@ def test_built_in_data_sets_pass(name: str, tmp_path: Path) -> None:
     checkup.raise_if_broken()
     skipped = {verdict.rule for verdict in checkup.verdicts if verdict.outcome == "not tried"}
     assert skipped <= (EXPECTED_NOT_TRIED if not options else {"published size is true"})
+
+
+def test_no_data_set_is_left_out() -> None:
+    installed = {entry.name for entry in Catalog().entries("dataset") if entry.distribution == "sslbench"}
+    assert installed - {"hf"} == BUILTIN.keys()  # a bridge has no layout of its own
 
 
 # --- a correct one of our own, and what can be wrong with it

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from sslbench import comm
 from sslbench.evaluation.classifiers import Neighbours, percent
 from sslbench.plugin.api import EvalOptions, EvalProtocol, Job, Options
+from sslbench.plugin.catalog import Catalog
 from sslbench.testing import check_eval
 from sslbench.testing.evals import RULES, EvalSubject, _ranks, _runs
 from sslbench.testing.evaluation import CLASSES, ToyDataset, toy_backbone
@@ -47,6 +48,11 @@ def test_built_in_protocols_pass(name: str, request: pytest.FixtureRequest) -> N
     checkup = check_eval(name, options=BUILTIN[name], before=FEW, processes=slow)
     checkup.raise_if_broken()
     assert all(verdict.outcome == "held" for verdict in checkup.verdicts)
+
+
+def test_no_protocol_is_left_out() -> None:
+    installed = {entry.name for entry in Catalog().entries("eval") if entry.distribution == "sslbench"}
+    assert installed == BUILTIN.keys()
 
 
 # --- a correct one of our own, and what can be wrong with it
