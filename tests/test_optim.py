@@ -315,7 +315,7 @@ def test_weight_decay_stays_unless_told_otherwise():
 
 
 def test_each_gradient_is_clipped_by_itself():
-    """Of norms 5 and 1 with a limit of 2, the first becomes 2 and the second stays; together they share a factor."""
+    """Of norms 5 and 1 with a limit of 2, the first becomes 2 and the second stays; else they share a factor."""
     first, second = nn.Parameter(torch.zeros(2)), nn.Parameter(torch.zeros(1))
     for each in (True, False):
         first.grad, second.grad = torch.tensor([3.0, -4.0]), torch.tensor([1.0])
