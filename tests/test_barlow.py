@@ -89,8 +89,8 @@ def test_standardizing_is_batch_normalisation_without_scale_and_shift() -> None:
 
 
 def test_loss_of_the_method_is_that_of_its_terms() -> None:
-    found = make(BarlowTwins, redundancy=0.3)(batch())
-    torch.testing.assert_close(found["loss"], found["invariance"] + 0.3 * found["redundancy"])
+    found = make(BarlowTwins, redundancy=0.3, scale=0.5)(batch())
+    torch.testing.assert_close(found["loss"], 0.5 * (found["invariance"] + 0.3 * found["redundancy"]))
 
 
 def test_under_lars_the_scale_is_the_rate_of_vectors() -> None:

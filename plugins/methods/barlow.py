@@ -4,7 +4,7 @@ Zbontar et al., "Barlow Twins: Self-Supervised Learning via Redundancy Reduction
 the cross-correlation matrix (equation 2), projector and optimiser (section 2.2), views (appendix A, which takes
 BYOL's). Statistics and correlations are those of the global batch, and so is their gradient: several processes
 train as one. The published program sums the matrix by a collective that is not differentiable, so that on W
-processes it follows 1/W of this gradient; ``scale: 1/W`` gives the same.
+processes it follows 1/W of this gradient; ``scale: 0.024/W`` gives the same.
 """
 
 from __future__ import annotations
@@ -34,10 +34,10 @@ class BarlowTwinsConfig(TwoViewConfig):
     """Width of the embeddings (paper: 8192, and wider was better)."""
     redundancy: float = Field(0.005, ge=0)
     """Weight lambda of the redundancy term (paper: 0.005; published program: 0.0051)."""
-    scale: float = Field(1.0, gt=0)
-    """Factor on the loss. LARS cancels it for the gradients of weights, not for those of biases and normalisation
-    parameters, nor against the weight decay (published program: 0.024 with rate 0.2, the paper's 0.0048 for
-    biases)."""
+    scale: float = Field(0.024, gt=0)
+    """Factor on the loss, a sum over features, as in the published program. Adaptive optimisers cancel it; LARS
+    does so for weights, not for biases and normalisation parameters (0.024 of rate 0.2 is the paper's 0.0048), nor
+    against the weight decay."""
 
 
 class BarlowTwins(Method):
