@@ -23,6 +23,7 @@ class WideOptions(Options):
     width: int
     """Channels."""
     bias: bool = True
+    more: dict[str, int] = {}
 
 class Wide(Backbone):
     name = "wide"
@@ -64,7 +65,7 @@ def composed(catalog: Catalog, *layers: dict | list[str], recipe: dict | None = 
 
 def test_the_value_sets_the_option_and_is_part_of_the_label(catalog: Catalog) -> None:
     result = composed(catalog, ["backbone.name=wide:6"])
-    assert result.tree["backbone"] == {"name": "wide", "width": 6, "bias": True}
+    assert result.tree["backbone"] == {"name": "wide", "width": 6, "bias": True, "more": {}}
     assert (result.backbone.name, result.backbone.label) == ("wide", "wide:6")
     assert result.origins["backbone.width"] == "layer 0"
     assert result.hash() == composed(catalog, ["backbone.name=wide", "backbone.width=6"]).hash()

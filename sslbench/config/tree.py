@@ -121,7 +121,7 @@ def merge(into: Tree, values: Mapping[str, Any], origin: str, origins: dict[str,
             current = into[key] = _as_indexed(current)
         if isinstance(value, Mapping) and isinstance(current, dict):
             merge(current, value, origin, origins, path + ".")
-            if all(str(k).isdigit() for k in current):
+            if current and all(str(k).isdigit() for k in current):
                 into[key] = [current[k] for k in sorted(current, key=int)]
             continue
         into[key] = plain(value)
