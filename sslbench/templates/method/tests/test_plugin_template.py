@@ -11,7 +11,8 @@ def test_it_keeps_the_contract() -> None:
 
 
 def test_without_a_bottleneck_too() -> None:
-    check_method(PluginTemplate, options={"out_dim": 8, "bottleneck": 1}).raise_if_broken()
+    options = {"out_dim": 8, "bottleneck": 1}
+    check_method(PluginTemplate, options=options, processes=False, compiled=False).raise_if_broken()
 
 
 def test_the_loss_is_a_cosine() -> None:
