@@ -59,6 +59,14 @@ def _without_globals(words: tuple[str, ...]) -> list[str]:
 
 
 COMMANDS = list(_commands())
+#: Complete files that pages show.
+EXAMPLES = {
+    name: source
+    for page in PAGES
+    for name, source in re.findall(
+        r"`(\w+\.py)`,[\s\w]*complete[^`]*:\n\n```python\n(.*?)```", page.read_text(encoding="utf-8"), re.DOTALL
+    )
+}
 
 
 def _name(command: Command) -> str:
@@ -90,7 +98,8 @@ PRETRAIN = [
 
 @pytest.mark.parametrize("command", PRETRAIN, ids=_name)
 def test_quoted_pretraining_commands_compose(command: Command, workdir: Path) -> None:
-    (workdir / "my_vicreg.py").write_text(_example("plugins.md"))
+    for name, source in EXAMPLES.items():
+        (workdir / name).write_text(source)
     arguments = [*command.words, "--dry-run"]
     if command.fails:
         with pytest.raises(SslbenchError):
@@ -99,28 +108,28 @@ def test_quoted_pretraining_commands_compose(command: Command, workdir: Path) ->
         app(arguments, standalone_mode=False)
 
 
-def test_the_example_plugin_is_short_and_trains(cli: Any, workdir: Path) -> None:
-    source = _example("plugins.md")
-    (workdir / "my_vicreg.py").write_text(source)
-    assert len(source.splitlines()) < 60
-    run = [
-        "pretrain",
-        "--method",
-        "my_vicreg",
-        "--dataset",
-        "digits",
-        "--no-evals",
-        "--limit",
-        "3",
-        "probe.every=0",
-    ]
-    assert "3 steps" in cli("-p", "my_vicreg.py", *run).stdout
+#: How many lines an example may have, blank ones not counted.
+LONGEST = {"spectral.py": 40, "my_barlow.py": 40}
+KINDS_OF = {"few_folders.py": "dataset", "plainnet.py": "backbone", "centroid.py": "eval"}
 
 
-def _example(page: str) -> str:
-    found = re.search(r"```python\n(.*?)```", (ROOT / "docs" / page).read_text(encoding="utf-8"), re.DOTALL)
-    assert found is not None
-    return found[1]
+@pytest.mark.parametrize("name", LONGEST)
+def test_the_example_methods_are_short_and_train(name: str, cli: Any, workdir: Path) -> None:
+    source = EXAMPLES[name]
+    (workdir / name).write_text(source)
+    assert len([line for line in source.splitlines() if line.strip()]) < LONGEST[name]
+    run = ("pretrain", "--method", Path(name).stem, "--dataset", "digits", "--no-evals", "--limit", "3")
+    assert "3 steps" in cli("-p", name, *run, "probe.every=0").stdout
+
+
+@pytest.mark.parametrize("name", KINDS_OF)
+def test_the_other_example_plugins_load(name: str, workdir: Path) -> None:
+    (workdir / name).write_text(EXAMPLES[name])
+    kind: Any = KINDS_OF[name]
+    local = [e for e in Catalog((workdir / name,)).entries(kind) if e.version == "local"]
+    for entry in local:
+        assert Catalog((workdir / name,)).load(kind, entry.name).name == entry.name
+    assert local
 
 
 def _option_keys() -> Iterator[tuple[str, str]]:
