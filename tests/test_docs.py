@@ -64,7 +64,7 @@ EXAMPLES = {
     name: source
     for page in PAGES
     for name, source in re.findall(
-        r"`(\w+\.py)`,[\s\w]*complete[^`]*:\n\n```python\n(.*?)```", page.read_text(encoding="utf-8"), re.DOTALL
+        r"`(\w+\.py)`,[^`]*complete:\n\n```python\n(.*?)```", page.read_text(encoding="utf-8"), re.DOTALL
     )
 }
 

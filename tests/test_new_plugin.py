@@ -20,7 +20,7 @@ from sslbench.errors import ConfigError
 from sslbench.plugin.catalog import KINDS, Catalog, Kind
 from sslbench.plugin.scaffold import Scaffold
 
-TEMPLATES = Path(sslbench.__file__).parent / "templates"
+TEMPLATES = Path(sslbench.__file__).parent / "plugin-templates"
 ROOT = Path(sslbench.__file__).parents[1]
 GROUP: Any = typer.main.get_command(app)
 

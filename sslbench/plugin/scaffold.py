@@ -57,7 +57,7 @@ class Scaffold:
 
     @property
     def _template(self) -> Traversable:
-        return files("sslbench") / "templates" / self.kind
+        return files("sslbench") / "plugin-templates" / self.kind
 
     def write(self, folder: Path) -> list[Path]:
         """Write all files, or none.
