@@ -43,6 +43,7 @@ DATA = {
     "cells",
     "checkpoints",
     "config",
+    "data",
     "datasets",
     "directions",
     "metrics",
