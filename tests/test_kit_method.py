@@ -13,7 +13,7 @@ from sslbench.errors import ConfigError
 from sslbench.plugin.api import Method
 from sslbench.plugin.catalog import Catalog
 from sslbench.testing import Checkup, ConformanceError, check_method
-from sslbench.testing.machine_rules import takes_uneven_batches
+from sslbench.testing.machine_rules import in_small_steps, takes_uneven_batches
 from sslbench.testing.methods import RULES, subject_of
 from sslbench.testing.ranks import Checked, check_all
 from sslbench.testing.reference import PluginReference
@@ -93,7 +93,12 @@ def test_built_in_methods_pass_on_several_ranks() -> None:
     """As the rule tries them, in one set of processes."""
     subjects = [subject_of(PluginReference.of("method", name)) for name in NAMES]
     trained = [
-        Checked(subject.reference, uneven=takes_uneven_batches(subject), title=subject.cls.name)
+        Checked(
+            subject.reference,
+            core=in_small_steps(subject),
+            uneven=takes_uneven_batches(subject),
+            title=subject.cls.name,
+        )
         for subject in subjects
         if subject.cls.trains
     ]
