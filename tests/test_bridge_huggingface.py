@@ -223,7 +223,14 @@ def test_a_run_trains_in_workers_and_is_evaluated(write: object, tmp_path: Path)
         assert done.returncode == 0, done.stderr
         return done.stdout
 
-    quick = ["train.epochs=2", "train.batch_size=30", "probe.every=0", "run.evals=[knn,test]", "run.name=mine"]
+    quick = [
+        "train.epochs=2",
+        "train.batch_size=30",
+        "probe.every=0",
+        "evals.linear.epochs=1",
+        "run.evals=[linear,test]",
+        "run.name=mine",
+    ]
     place = f"run.tracking_uri=sqlite:///{tmp_path}/mlflow.db"
     workers = ["data.resident=off", "data.workers=2"]
     sslbench(
