@@ -87,8 +87,8 @@ def test_strangers_are_the_cells_of_the_next_image():
     made = method(prior_weight=0.0, cells=None).eval()
     data = one_view()
     with torch.no_grad():
-        vectors, _, stem = made.backbone(data.views[0].images)
-        cells = stem.flatten(2).transpose(1, 2)
+        features = made.backbone(data.views[0].images)
+        vectors, cells = features.pooled, features.stem.flatten(2).transpose(1, 2)
         pairs = [F.softplus(-made.local(vectors[b : b + 1], cells[b : b + 1])).mean() for b in range(8)]
         strangers = [
             F.softplus(made.local(vectors[b : b + 1], cells[(b + 1) % 8 : (b + 1) % 8 + 1])).mean()

@@ -268,7 +268,12 @@ def test_a_difference_under_compile_is_found() -> None:
     assert "compiled" in verdict.detail
 
 
-@pytest.mark.parametrize(("cls", "untried"), [(Good, []), (SaysOneSize, ["takes images of other sizes"])])
+_TOKENS = "tokens are patches, and hidden ones take no part"
+
+
+@pytest.mark.parametrize(
+    ("cls", "untried"), [(Good, [_TOKENS]), (SaysOneSize, ["takes images of other sizes", _TOKENS])]
+)
 def test_what_is_right_passes(cls: type[Backbone], untried: list[str]) -> None:
     checkup = check_backbone(cls, compiled=False)
     checkup.raise_if_broken()

@@ -15,6 +15,7 @@ from sslbench.config.schema import CoreOptions, OptimOptions
 from sslbench.engine.optim import build_optimizer, set_learning_rate, set_weight_decay
 from sslbench.engine.schedule import weight_decay
 from sslbench.engine.shards import clip_gradients
+from sslbench.engine.trained import Trained
 from sslbench.errors import PluginError
 from sslbench.plugin.api import Build
 from sslbench.plugin.catalog import Catalog
@@ -404,3 +405,14 @@ def test_resuming_from_a_saved_state_is_bit_identical(name):
     train(resumed, optimizer, range(3, 6))
     for (key, a), b in zip(whole.state_dict().items(), resumed.state_dict().values(), strict=True):
         assert torch.equal(a, b), key
+
+
+def test_a_checkpoint_from_before_a_setting_goes_on_with_todays():
+    module = network()
+    trained = Trained(module, build_optimizer(lars(lars_clip=True), None, module, 256))
+    state = trained.state()
+    for group in state["optimizer"]["param_groups"]:
+        del group["clip"]
+    trained.load(state)
+    assert all(group["clip"] for group in trained.optimizer.param_groups)
+    train(module, trained.optimizer, range(1))

@@ -105,7 +105,7 @@ class OneDirection(Conv4):
     """Features that vary in a single direction."""
 
     def forward(self, images: Tensor) -> Features:
-        pooled, feature_map, _ = super().forward(images)
+        pooled, feature_map = super().forward(images)[:2]
         return Features(pooled[:, :1] * torch.linspace(1, 2, 64) + torch.linspace(2, 1, 64), feature_map)
 
 

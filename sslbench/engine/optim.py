@@ -240,8 +240,8 @@ def _adapted(weights: list[Tensor], gradients: list[Tensor], group: Mapping[str,
         measured = norms(gradients, weights)
         denominators = measured + decay * weight_norms + 1e-8
     ratios = group["trust"] * weight_norms / denominators
-    if group["clip"] and group["lr"] > 0:
-        ratios = (ratios / group["lr"]).clamp(max=1.0)
+    if group["clip"]:
+        ratios = (ratios / group["lr"]).clamp(max=1.0) if group["lr"] > 0 else torch.ones_like(ratios)
     # A tensor at zero takes an unscaled step, otherwise it could never leave zero.
     ratios = torch.where(weight_norms > 0, ratios, 1.0)
     # One without gradient is not decayed either: the published programs adapt and decay together or not at all.

@@ -40,7 +40,11 @@ class Trained:
     def load(self, state: Mapping[str, Any]) -> None:
         """Continue from a state; before :meth:`distribute`."""
         self.method.load_state_dict(state["method"])
+        now = [dict(group) for group in self.optimizer.param_groups]
         self.optimizer.load_state_dict(state["optimizer"])
+        for group, known in zip(self.optimizer.param_groups, now, strict=True):
+            for key, value in known.items():  # settings that came after the version that wrote the checkpoint
+                group.setdefault(key, value)
         if self.scaler and "scaler" in state:
             self.scaler.load_state_dict(state["scaler"])
 

@@ -94,7 +94,7 @@ def rehearse(subject: Subject, world: int, *, half: bool) -> Step:
     exchanges = Exchanges(Counter())
     fake = FakeTensorMode(allow_non_fake_inputs=True)
     with comm.rehearsing(world, recorder(exchanges, world)), _as_plugin_error(subject):
-        with fake, _Copying():
+        with fake, _Copying(), _unfilled():
             method = _build(subject)
         batch = _batch(subject, rows, fake)
         if subject.composed.core.train.checkpoint_activations:
@@ -128,6 +128,17 @@ def _build(subject: Subject) -> Method:
     )
     method: Method = composed.method.cls(composed.method.cfg, build)
     return method
+
+
+@contextmanager
+def _unfilled() -> Iterator[None]:
+    """Leave out an initialisation that draws until all numbers lie within bounds, since there are no numbers."""
+    drawn = nn.init._no_grad_trunc_normal_
+    nn.init._no_grad_trunc_normal_ = lambda tensor, *bounds, **more: tensor
+    try:
+        yield
+    finally:
+        nn.init._no_grad_trunc_normal_ = drawn
 
 
 class _Copying(TorchFunctionMode):
