@@ -83,6 +83,10 @@ def test_files_that_nothing_leads_to_are_found(site: Path, workdir: Path) -> Non
     assert 'entry-points."sslbench.methods"' in own["forgotten.py of ssl-two 1.0"].advice
     assert 'entry-points."sslbench.extensions"' in own["plugins/below.py"].advice
     assert "method.py of sslbench 0.1.0" not in found, "a template of new-plugin is no plugin"
+    points = '[project.entry-points."sslbench.methods"]\nforgotten = "ssl_two.forgotten"\n'
+    (site / "pyproject.toml").write_text(points)
+    found = {check.name: check for check in files_without_entry_points(catalog, workdir)}
+    assert f"pip install -e {site}" in found["forgotten.py of ssl-two 1.0"].advice
 
 
 def loaded(kind: str, name: str, **facts: object) -> Loaded:

@@ -45,7 +45,7 @@ def _warn_of_clashes(catalog: Catalog, kind: Kind, name: str) -> None:
     for entry in catalog.entries(kind):
         if entry.name == name:
             typer.echo(
-                f"Warning: {entry.distribution} {entry.version} has a {kind} '{name}' too. With both installed, "
+                f"Warning: {entry.distribution} {entry.version} has the {kind} '{name}' too. With both installed, "
                 f"'{name}' alone is refused: name one as PACKAGE:{name}, or begin again with another name.",
                 err=True,
             )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import tomllib
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
@@ -27,9 +28,7 @@ def files_without_entry_points(catalog: Catalog, folder: Path) -> Iterator[Check
             known.add(path.resolve())
     for owner, path in _installed(catalog.everything()):
         if path.resolve() not in known and (hooks := hooks_of(path)):
-            yield _check(
-                f"{path.name} of {owner}", hooks, f"name it in the package's entry points, {_group(hooks)}"
-            )
+            yield _check(f"{path.name} of {owner}", hooks, _advice(path, hooks))
             known.add(path.resolve())
 
 
@@ -46,6 +45,24 @@ def hooks_of(path: Path) -> list[str]:
 def _check(name: str, hooks: Iterable[str], advice: str) -> Check:
     words = f"implements {', '.join(hooks)}, and no entry point names it"
     return Check("files", name, "warning", words, advice)
+
+
+def _advice(path: Path, hooks: Iterable[str]) -> str:
+    """An installation that runs from its sources knows the entry points that there were when it was made."""
+    for folder in path.parents[:4]:
+        project = folder / "pyproject.toml"
+        if project.is_file() and _names(project, path.stem):
+            return f"{project} names it, but was installed before it did: pip install -e {folder}"
+    return f"name it in the package's entry points, {_group(hooks)}"
+
+
+def _names(project: Path, module: str) -> bool:
+    try:
+        groups = tomllib.loads(project.read_text(encoding="utf-8"))["project"]["entry-points"].values()
+        named = {str(value).split(":")[0] for group in groups for value in group.values()}
+        return module in {value.split(".")[-1] for value in named}
+    except (OSError, ValueError, KeyError, AttributeError):
+        return False
 
 
 def _group(hooks: Iterable[str]) -> str:

@@ -310,7 +310,8 @@ def _introduction(composed: Composed, parts: Parts, tracker: Tracker) -> str:
     if parts.loader is None or parts.plan is None:
         return head
     core = composed.core
-    amount = f"{core.train.epochs} epochs of {parts.loader.num_images} images, {parts.plan.steps} steps"
+    epochs = "1 epoch" if core.train.epochs == 1 else f"{core.train.epochs} epochs"
+    amount = f"{epochs} of {parts.loader.num_images} images, {parts.plan.steps} steps"
     rate = f"{core.optim.name} at {peak_lr(core.optim, core.train.batch_size):.4g}"
     return f"{head}\n  {amount} of {core.train.batch_size}; {rate}; {_arithmetic(parts)}"
 

@@ -238,7 +238,8 @@ def print_checks(checks: Sequence[Check], as_json: bool) -> None:
             if check.advice:
                 console.print(Text(textwrap.indent(f"next: {check.advice}", " " * 36), style="dim"))
     count = Counter(check.level for check in checks)
-    console.print(f"{count['ok']} ok, {count['warning']} warnings, {count['failure']} failures")
+    warnings, failures = (f"{count[level]} {level}{'s' * (count[level] != 1)}" for level in ("warning", "failure"))
+    console.print(f"{count['ok']} ok, {warnings}, {failures}")
 
 
 def print_comparison(root: Path, selectors: Sequence[str], registry: Registry | None, as_json: bool) -> None:
