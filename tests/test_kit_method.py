@@ -13,7 +13,7 @@ from sslbench.errors import ConfigError
 from sslbench.plugin.api import Method
 from sslbench.plugin.catalog import Catalog
 from sslbench.testing import Checkup, ConformanceError, check_method
-from sslbench.testing.machine_rules import in_small_steps, takes_uneven_batches
+from sslbench.testing.machine_rules import accepts, in_small_steps, rank_run
 from sslbench.testing.methods import RULES, subject_of
 from sslbench.testing.ranks import Checked, check_all
 from sslbench.testing.reference import PluginReference
@@ -90,21 +90,18 @@ def test_a_right_method_passes_on_several_ranks() -> None:
 
 @pytest.mark.slow
 def test_built_in_methods_pass_on_several_ranks() -> None:
-    """As the rule tries them, in one set of processes."""
+    """As the rule tries them, in one set of processes for each size of run."""
     subjects = [subject_of(PluginReference.of("method", name)) for name in NAMES]
-    trained = [
-        Checked(
-            subject.reference,
-            core=in_small_steps(subject),
-            uneven=takes_uneven_batches(subject),
-            title=subject.cls.name,
-        )
-        for subject in subjects
-        if subject.cls.trains
-    ]
-    first = subjects[0]
-    reports = check_all(trained, images=first.images, batch_size=first.batch_size, timeout=600)
-    assert [str(report.error) for report in reports if report.error] == []
+    runs: dict[tuple[int, ...], list[Checked]] = {}
+    for subject in subjects:
+        if subject.cls.trains:
+            run = rank_run(subject)
+            uneven = accepts(subject, run["images"], run["batch_size"] - 1)
+            checked = Checked(subject.reference, core=in_small_steps(subject), uneven=uneven)
+            runs.setdefault(tuple(run.values()), []).append(checked)
+    for (images, batch_size, steps), methods in runs.items():
+        reports = check_all(methods, images=images, batch_size=batch_size, steps=steps, timeout=600)
+        assert [str(report.error) for report in reports if report.error] == []
 
 
 def test_a_method_that_trains_nothing_is_not_tried() -> None:
