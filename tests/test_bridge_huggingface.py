@@ -157,6 +157,54 @@ def test_splits_are_found_by_their_usual_names_or_named(tmp_path: Path) -> None:
         hf(path, train_split="training").split("test")
 
 
+@pytest.mark.parametrize("only", ["test", "validation"])
+def test_no_image_is_both_trained_on_and_tested_with(only: str, tmp_path: Path) -> None:
+    path = saved(datasets.DatasetDict({only: table(6)}), tmp_path / "one")
+    assert hf(path).info.splits == ("train",)
+    option = {"test": "test_split", "validation": "val_split"}[only]
+    with pytest.raises(DataError, match=f"{option}={only}: .* is trained on that split"):
+        hf(path, **{option: only})
+    path = saved(both(), tmp_path / "two")
+    assert hf(path, train_split="test").info.splits == ("train",)
+    assert hf(path, val_split="test").info.splits == ("train", "val")
+    with pytest.raises(DataError, match=r"test_split=train: .* is trained on that split"):
+        hf(path, test_split="train")
+
+
+def renumbered(count: int, names: list[str]) -> object:
+    """The same images and words as :func:`table`, the classes in another order."""
+    features = datasets.Features({"img": datasets.Image(), "kind": datasets.ClassLabel(names=names)})
+    columns = table(count).to_dict()
+    columns["kind"] = [names.index(CLASSES[number]) for number in columns["kind"]]
+    return datasets.Dataset.from_dict(columns, features=features)
+
+
+def test_each_split_numbers_its_classes_in_its_own_order(tmp_path: Path) -> None:
+    content = datasets.DatasetDict({"train": table(12), "test": renumbered(6, ["cow", "ant", "bee"])})
+    found = hf(saved(content, tmp_path / "a"))
+    assert found.split("test").targets.tolist() == table(6)["kind"]
+    content["test"] = renumbered(6, ["cow", "ant", "bee", "dog"])
+    with pytest.raises(DataError, match=r"split 'test' .* has other classes than its training split: dog"):
+        hf(saved(content, tmp_path / "b")).split("test")
+
+
+def test_columns_of_labels_are_kept_apart(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("sslbench_plugins.datasets.huggingface.WORTH_KEEPING", 1)
+    content = table(9).add_column("noisy", [2, 2, 0, 0, 0, 1, 1, 1, 2])
+    path = saved(content.cast_column("noisy", content.features["kind"]), tmp_path / "a")
+    clean = hf(path, label_column="kind").fingerprint()
+    assert hf(path, label_column="noisy").fingerprint() != clean
+    assert hf(path, label_column="kind").fingerprint() == clean
+
+
+def test_a_split_without_the_column_of_labels(tmp_path: Path) -> None:
+    content = datasets.DatasetDict({"train": table(6), "test": table(3, labels=False)})
+    path = saved(content, tmp_path / "a")
+    assert hf(path).info.splits == ("train",)
+    with pytest.raises(DataError, match=r"split 'test' .* has no column 'kind' \(it has img\)"):
+        hf(path, test_split="test").split("test")
+
+
 def test_hidden_and_missing_labels(tmp_path: Path) -> None:
     hidden = datasets.DatasetDict({"train": table(6), "test": table(6).map(lambda row: {"kind": -1})})
     path = saved(hidden, tmp_path / "a")

@@ -53,8 +53,8 @@ class HuggingFaceOptions(NormalizedOptions):
     train_split: str = "train"
     """The split to train on."""
     val_split: str | None = None
-    """The validation split; unset: `validation`, `val`, `valid` or `dev` if there is one, else evaluations carve
-    `val` off `train`."""
+    """The validation split; unset: `validation`, `val`, `valid` or `dev` if it is there and labelled, else
+    evaluations carve `val` off `train`."""
     test_split: str | None = None
     """The test split; unset: `test` if it is there and labelled."""
     label: str | None = cosmetic(None)
@@ -95,11 +95,14 @@ class TableSource(EncodedSource):
         return f"{self._name}[{index}]{next(known, os.path.splitext(path)[1])}"
 
     def revision(self) -> str | None:
-        """Of the files that the library maps into memory, and of image files the table only points at."""
+        """Of targets, of which a file may hold several columns, of files that the library maps into memory, and
+        of image files the table only points at."""
         files = [file["filename"] for file in self._table.cache_files]
         if not files:
             return None
         state = hashlib.blake2b(f"{self._name} {self._column} {len(self)}".encode(), digest_size=16)
+        if self.targets is not None:
+            state.update(self.targets.numpy().tobytes())
         for file in files:
             state.update(repr((os.path.abspath(file), file_state(file))).encode())
         for path in self._outside():
@@ -160,8 +163,9 @@ class HuggingFace(Dataset):
         self._tables = self._chosen(_open(cfg))
         self._image = self._image_column()
         self._label = self._label_column()
-        if cfg.test_split is None and self._is_unlabelled("test"):
-            del self._tables["test"]
+        for split in _USUAL:
+            if getattr(cfg, f"{split}_split") is None and self._is_unlabelled(split):
+                del self._tables[split]
         self._sources: dict[str, TableSource] = {}
 
     @property
@@ -212,16 +216,26 @@ class HuggingFace(Dataset):
             wanted["train"] = tuple(tables)
         found = {split: next((n for n in names if n in tables), None) for split, names in wanted.items()}
         for split in wanted:
-            asked = split == "train" or getattr(cfg, f"{split}_split")
-            if asked and found[split] is None:
+            if found[split] is None and getattr(cfg, f"{split}_split"):
                 raise DataError(
                     f"data set '{cfg.path}' has no split '{wanted[split][0]}'"
                     f"{did_you_mean(wanted[split][0], tables)} (it has {', '.join(tables)})",
                     hint=f"dataset.{split}_split={next(iter(tables))}",
                 )
-        if cfg.val_split is None and found["val"] == found["test"]:
-            found["val"] = None
+        self._keep_apart(found)
         return {split: tables[name] for split, name in found.items() if name is not None}
+
+    def _keep_apart(self, found: dict[str, str | None]) -> None:
+        """No images are trained on and tested with: a split found by its usual name gives way."""
+        for split in _USUAL:
+            others = [found[other] for other in found if other != split]
+            if getattr(self.cfg, f"{split}_split") is None and found[split] in others:
+                found[split] = None
+            if found[split] is not None and found[split] == found["train"]:
+                raise DataError(
+                    f"dataset.{split}_split={found[split]}: data set '{self.cfg.path}' is trained on that split",
+                    hint=f"dataset.{split}_split=ANOTHER, or leave it unset",
+                )
 
     def _column(self, option: str, named: str | None, of_type: tuple[str, ...], needed: bool) -> str | None:
         """The column an option names, or the only one of the first of the types."""
@@ -278,8 +292,13 @@ class HuggingFace(Dataset):
         return tuple(str(value) for value in values)
 
     def _raw_labels(self, split: str) -> NDArray[Any]:
-        table = self._tables[split].select_columns([self._label]).with_format("arrow")[:]
-        column = table.column(self._label)
+        if self._label not in self._tables[split].features:
+            raise DataError(
+                f"split '{split}' of data set '{self.cfg.path}' has no column '{self._label}' "
+                f"(it has {', '.join(self._tables[split].features)})",
+                hint=f"dataset.{split}_split=ANOTHER, or leave it unset",
+            )
+        column = self._tables[split].select_columns([self._label]).with_format("arrow")[:].column(self._label)
         if column.null_count:
             raise DataError(
                 f"{column.null_count} of {len(column)} images in split '{split}' of data set '{self.cfg.path}' "
@@ -292,7 +311,7 @@ class HuggingFace(Dataset):
     def _targets(self, split: str) -> Tensor | None:
         if self._label is None:
             return None
-        values = self._raw_labels(split)
+        values = self._in_order(split, self._raw_labels(split))
         if values.dtype.kind == "U":
             numbers = {name: number for number, name in enumerate(self._classes)}
             values = np.array([numbers.get(name, -1) for name in values.tolist()], np.int64)
@@ -306,10 +325,26 @@ class HuggingFace(Dataset):
             )
         return torch.from_numpy(values.astype(np.int64))
 
+    def _in_order(self, split: str, values: NDArray[Any]) -> NDArray[Any]:
+        """Labels as numbers of our classes, of a split that numbers the same names in another order."""
+        names = getattr(self._tables[split].features[self._label], "names", None)
+        if names is None or tuple(names) == self._classes:
+            return values
+        if set(names) != set(self._classes):
+            raise DataError(
+                f"split '{split}' of data set '{self.cfg.path}' has other classes than its training split: "
+                f"{', '.join(sorted(set(names) ^ set(self._classes))[:5])}",
+                hint=f"dataset.{split}_split=ANOTHER, or dataset.label_column=ANOTHER",
+            )
+        numbers = np.array([*map(self._classes.index, names), -1], np.int64)
+        return numbers[np.where((values >= 0) & (values < len(names)), values, -1)]
+
     def _is_unlabelled(self, split: str) -> bool:
-        """Whether a split hides its labels behind -1, as test splits on the hub do."""
+        """Whether a split has no labels or hides them behind -1, as test splits on the hub do."""
         if split not in self._tables or self._label is None:
             return False
+        if self._label not in self._tables[split].features:
+            return True
         values = self._raw_labels(split)
         return values.dtype.kind == "i" and bool((values < 0).all())
 
