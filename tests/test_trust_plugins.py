@@ -58,9 +58,14 @@ def package(site: Path, name: str = "ssl-pack", helper: str = "VALUE = 1\n") -> 
     top = name.replace("-", "_")
     files = {f"{top}/__init__.py": "", f"{top}/helper.py": helper, f"{top}/m.py": METHOD.format(name="packed")}
     install(site, name, files, {"methods": {"packed": f"{top}.m"}})
+    forget()
+    return Catalog().find("method", "packed")
+
+
+def forget() -> None:
+    """As in a new process."""
     for known in (provenance.identity, provenance._of_distribution, provenance._package_digest):
         known.cache_clear()
-    return Catalog().find("method", "packed")
 
 
 def test_the_digest_covers_every_file_of_the_package(site: Path) -> None:
@@ -75,6 +80,20 @@ def test_the_digest_covers_every_file_of_the_package(site: Path) -> None:
     assert changed([{"kind": "method", **before}], [{"kind": "method", **before}]) == []
     (sentence,) = changed([{"kind": "method", **before}], [{"kind": "method", **after}])
     assert sentence == "ssl-pack 1.0 has changed since the run began: method packed"
+
+
+def test_sources_listed_in_a_checkout_are_not_taken_for_installed_ones(site: Path) -> None:
+    """A build leaves metadata in the checkout, which is found first by whoever works there."""
+    package(site)
+    shutil.rmtree(site / "ssl_pack-1.0.dist-info")
+    left = site / "ssl_pack.egg-info"
+    left.mkdir()
+    (left / "PKG-INFO").write_text("Metadata-Version: 2.1\nName: ssl-pack\nVersion: 1.0\n")
+    (left / "entry_points.txt").write_text("[sslbench.methods]\npacked = ssl_pack.m\n")
+    (left / "SOURCES.txt").write_text("README.md\nssl_pack/__init__.py\nssl_pack/helper.py\nssl_pack/m.py\n")
+    (site / "README.md").write_text("Read me.\n")
+    forget()
+    assert Catalog().find("method", "packed").identity()["covers"] == "ssl_pack: 3 files"
 
 
 def test_an_installed_copy_has_no_git_state_although_a_repository_surrounds_it(site: Path) -> None:

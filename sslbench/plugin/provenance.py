@@ -95,13 +95,15 @@ def _of_distribution(distribution: str, top: str, path: Path) -> Sources:
 
 
 def _recorded(distribution: str) -> dict[str, Path]:
-    """Name -> place of the installed files, without metadata, scripts and caches."""
-    from importlib.metadata import PackageNotFoundError, files
+    """Name -> place of the installed files, without metadata, scripts and caches.
 
-    try:
-        listed = files(distribution) or []
-    except PackageNotFoundError:
-        listed = []
+    Only what an installer has recorded: the list of sources that a build leaves in a checkout names tests and
+    documents too.
+    """
+    from importlib.metadata import distributions
+
+    installed = (found for found in distributions(name=distribution) if found.read_text("RECORD"))
+    listed = next((found.files or [] for found in installed), [])
     parts = [file for file in listed if not (file.parts[0].endswith(".dist-info") or ".." in file.parts)]
     return {str(f): Path(str(f.locate())).resolve() for f in parts if _counts(f.parts) and len(f.parts) > 0}
 
