@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 from sslbench_plugins.evals.transfer import Transfer, TransferConfig
 
+from sslbench.commands.options import named
 from sslbench.config.compose import Composed, Layer, compose, differences_from_saved
 from sslbench.config.registry import Recipe, Registry
 from sslbench.config.tree import parse_overrides
@@ -135,3 +136,9 @@ def test_a_saved_configuration_gives_the_same_run(catalog: Catalog, tmp_path: Pa
 def test_a_transfer_calls_data_by_the_last_part_of_their_path() -> None:
     cfg = TransferConfig(datasets=("digits", "hf:/data/flowers/", "hf:me/birds"))
     assert Transfer(cfg).subject("any") == "digits+hf:flowers+hf:birds"
+
+
+@pytest.mark.parametrize("name", ["timm:", "a: b", "[x]", "12", "größe 😀", 'a"b'])
+def test_names_of_the_command_line_are_taken_as_they_are(name: str) -> None:
+    (item,) = named(backbone__name=name)
+    assert parse_overrides([item]) == {"backbone": {"name": name}}

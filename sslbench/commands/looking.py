@@ -15,6 +15,7 @@ from sslbench.commands.options import (
     RecipeName,
     Session,
     compose_pretrain,
+    named,
     run_directory,
 )
 from sslbench.errors import ConfigError, ExitCode
@@ -72,8 +73,7 @@ def config(
     """Print the complete configuration of a pretraining run, ready for --config."""
     from sslbench.report.show import print_explained, print_tree
 
-    chosen = {"method": method, "dataset": dataset, "backbone": backbone}
-    extra = [f"{kind}.name={name}" for kind, name in chosen.items() if name]
+    extra = named(method__name=method, dataset__name=dataset, backbone__name=backbone)
     composed, _ = compose_pretrain(context.obj, recipe, config_file, [*extra, *(overrides or [])], None)
     if explain:
         print_explained(composed, as_json)

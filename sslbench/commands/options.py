@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -125,6 +126,13 @@ PeerTimeout = Annotated[
     ),
 ]
 EvalName = Annotated[str, typer.Argument(metavar="PROTOCOL", autocompletion=complete("eval"))]
+
+
+def named(**names: str | None) -> list[str]:
+    """``--method NAME`` and its like as ``method.name="NAME"``: without quotes ``timm:`` would be a mapping."""
+    return [
+        f"{key.replace('__', '.')}={json.dumps(name, ensure_ascii=False)}" for key, name in names.items() if name
+    ]
 
 
 def compose_pretrain(

@@ -16,6 +16,7 @@ from sslbench.commands.options import (
     RecipeName,
     Session,
     compose_pretrain,
+    named,
 )
 from sslbench.errors import ConfigError, did_you_mean
 
@@ -64,8 +65,7 @@ def plan(
 ) -> None:
     """Predict memory, speed, hours and traffic of a pretraining run before it is started."""
     session: Session = context.obj
-    chosen = {"method": method, "dataset": dataset, "backbone": backbone}
-    items = [f"{kind}.name={name}" for kind, name in chosen.items() if name] + list(overrides or [])
+    items = named(method__name=method, dataset__name=dataset, backbone__name=backbone) + list(overrides or [])
     numbers = parse_devices(devices)
     composed = _compose(session, recipe, config, items)
     from sslbench.planning.devices import custom

@@ -29,6 +29,7 @@ from sslbench.commands.options import (
     complete,
     complete_recipe,
     compose_pretrain,
+    named,
     run_directory,
 )
 from sslbench.errors import ConfigError
@@ -69,8 +70,7 @@ def pretrain(
 ) -> None:
     """Pretrain a method, then run its evaluations."""
     session: Session = context.obj
-    chosen = {"method": method, "dataset": dataset, "backbone": backbone}
-    extra: list[str] = [f"{kind}.name={name}" for kind, name in chosen.items() if name]
+    extra = named(method__name=method, dataset__name=dataset, backbone__name=backbone)
     extra += [f"train.limit={limit}"] if limit else []
     extra += ["run.evals=[]"] if no_evals else []
     items = [*extra, *(overrides or [])]
@@ -197,8 +197,7 @@ def import_(
 ) -> None:
     """Make a model out of weights that another program trained."""
     session: Session = context.obj
-    chosen = {"backbone.name": backbone, "dataset.name": dataset, "run.name": name}
-    items = [f"{key}={value}" for key, value in chosen.items() if value]
+    items = named(backbone__name=backbone, dataset__name=dataset, run__name=name)
     _prepare_run()
     from sslbench.engine.console import Console
     from sslbench.engine.importing import import_weights, plan_import
