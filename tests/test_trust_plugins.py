@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 import subprocess
+from hashlib import sha256
 from pathlib import Path
 
 import pytest
@@ -64,7 +65,13 @@ def package(site: Path, name: str = "ssl-pack", helper: str = "VALUE = 1\n") -> 
 
 def forget() -> None:
     """As in a new process."""
-    for known in (provenance.identity, provenance._of_distribution, provenance._package_digest):
+    caches = (
+        provenance.identity,
+        provenance._of_distribution,
+        provenance._package_digest,
+        provenance._git_state,
+    )
+    for known in caches:
         known.cache_clear()
 
 
@@ -116,9 +123,85 @@ def test_a_local_file_names_its_commit_and_whether_it_differs(workdir: Path) -> 
     assert state_of(hidden)["git_modified"] == "true"
 
 
+def test_the_programs_that_a_repository_names_are_not_run(workdir: Path) -> None:
+    file, ran = workdir / "mine.py", workdir.parent / "ran"
+    file.write_text(METHOD.format(name="mine"))
+    commit_all(workdir)
+    (workdir / ".gitattributes").write_text("*.py filter=own\n")
+    for setting in ("filter.own.clean", "filter.own.smudge", "core.fsmonitor"):
+        subprocess.run(["git", "config", setting, f"touch {ran}; cat"], cwd=workdir, check=True)
+    file.write_text(file.read_text() + "\n")
+    subprocess.run(["git", "status"], cwd=workdir, check=True, capture_output=True)
+    assert ran.exists()  # git itself would
+    ran.unlink()
+    file.write_text(file.read_text() + "\n")
+    assert state_of(file)["git_modified"] == "true"
+    assert not ran.exists()
+
+
+def test_a_converted_file_is_the_committed_one(workdir: Path) -> None:
+    content = METHOD.format(name="mine").encode()
+    pointer = f"oid sha256:{sha256(content).hexdigest()}\nsize {len(content)}\n"
+    for stored, here in [
+        (content, content.replace(b"\n", b"\r\n")),
+        (f"version https://git-lfs.github.com/spec/v1\n{pointer}".encode(), content),
+    ]:
+        (workdir / "mine.py").write_bytes(stored)
+        commit = commit_all(workdir)
+        (workdir / "mine.py").write_bytes(here)
+        found = state_of(workdir / "mine.py")
+        assert (found["git_commit"], found["git_modified"]) == (commit, "false")
+    (workdir / "mine.py").write_bytes(content + b"\n")
+    assert state_of(workdir / "mine.py")["git_modified"] == "true"
+
+
+def test_a_package_in_a_checkout_differs_by_what_is_added_and_what_is_gone(
+    workdir: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    checkout = workdir / "checkout"
+    checkout.mkdir()
+    monkeypatch.syspath_prepend(str(checkout))
+    package(checkout)
+    (checkout / "ssl_pack-1.0.dist-info" / "RECORD").unlink()
+    (checkout / "ssl_pack" / "link.py").symlink_to("helper.py")
+    commit = commit_all(checkout)
+
+    def state() -> tuple[str, str]:
+        forget()
+        identity = Catalog().find("method", "packed").identity()
+        return identity["git_commit"], identity["git_modified"]
+
+    (checkout / "notes.md").write_text("beside the package")
+    (checkout / "ssl_pack" / "m.pyc").write_text("a cache")
+    assert state() == (commit, "false")
+    added = checkout / "ssl_pack" / "new.py"
+    added.touch()
+    assert state() == (commit, "true")
+    added.unlink()
+    assert state() == (commit, "false")
+    (checkout / "ssl_pack" / "helper.py").unlink()
+    assert state() == (commit, "true")
+
+
+def test_weights_that_a_package_ships_count(site: Path) -> None:
+    install(
+        site,
+        "ssl-pack",
+        {"ssl_pack/m.py": METHOD.format(name="packed"), "ssl_pack/net.pth": "1", "ssl_pack.pth": "/nowhere\n"},
+        {"methods": {"packed": "ssl_pack.m"}},
+    )
+    digests = []
+    for content in "12":
+        (site / "ssl_pack" / "net.pth").write_text(content)
+        forget()
+        identity = Catalog().find("method", "packed").identity()
+        assert identity["covers"] == "ssl_pack: 2 files"
+        digests.append(identity["package_sha256"])
+    assert digests[0] != digests[1]
+
+
 def state_of(file: Path) -> dict[str, str]:
-    for known in (provenance.identity, provenance._git_state):
-        known.cache_clear()
+    forget()
     return Catalog.from_options([str(file)]).find("method", "mine").identity()
 
 

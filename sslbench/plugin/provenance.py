@@ -4,18 +4,15 @@ from __future__ import annotations
 
 import hashlib
 import os
-import subprocess
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 
 from sslbench.plugin.entry import Registered, found
+from sslbench.plugin.repository import LARGE, state_of
 
 _CACHES = frozenset({"__pycache__", ".git", ".mypy_cache", ".ruff_cache", ".pytest_cache"})
-_LARGE = 8 << 20
-"""A file of more bytes, such as embedded weights, counts by its name and size: a run must not wait for it."""
-_GIT_SECONDS = 10.0
 _INSTALLED = frozenset({"site-packages", "dist-packages"})
 
 
@@ -130,12 +127,14 @@ def _below(top: str) -> Iterable[tuple[str, Path]]:
     for folder in folders:
         for parent, inside, names in os.walk(folder):
             inside[:] = [name for name in inside if name not in _CACHES]
-            paths = [Path(parent, name) for name in names]
-            yield from ((f"{top}/{p.relative_to(folder).as_posix()}", p) for p in paths if _counts((p.name,)))
+            paths = {Path(parent, name).relative_to(folder): Path(parent, name) for name in names}
+            yield from ((f"{top}/{p.as_posix()}", place) for p, place in paths.items() if _counts((top, *p.parts)))
 
 
 def _counts(parts: Sequence[str]) -> bool:
-    return not (_CACHES & set(parts) or parts[-1].endswith((".pyc", ".pth")))
+    """Whether a file is part of what was written; a ``.pth`` beside packages only says where they lie."""
+    says_where = len(parts) == 1 and parts[0].endswith(".pth")
+    return not (_CACHES & set(parts) or parts[-1].endswith(".pyc") or says_where)
 
 
 @cache
@@ -146,7 +145,7 @@ def _package_digest(sources: Sources) -> str:
 def _content(path: Path) -> str:
     try:
         size = path.stat().st_size
-        return f"{size} bytes" if size > _LARGE else _file_digest(path)
+        return f"{size} bytes" if size > LARGE else _file_digest(path)
     except OSError:
         return "unreadable"
 
@@ -160,34 +159,13 @@ def _git_state(sources: Sources) -> dict[str, str] | None:
     """Commit, and whether a file of the package differs from it; None for an installed copy or no repository."""
     if not sources.files or _INSTALLED & set(sources.files[0][1].parts):
         return None
-    roots = sorted({str(_root_of(name, path)) for name, path in sources.files})
-    # What the repository's own settings would run, and the lock that a look must not take, stay out.
-    command = ["git", "-c", "core.fsmonitor=false", "--no-optional-locks", "status", "--porcelain=v2", "--branch"]
-    command += ["--untracked-files=all", "--ignored=traditional", "--", *roots]
-    folder = sources.files[0][1].parent
-    try:
-        done = subprocess.run(
-            command, cwd=folder, capture_output=True, text=True, timeout=_GIT_SECONDS, check=True
-        )
-    except (OSError, subprocess.SubprocessError):
-        return None
-    return _read_status(done.stdout.splitlines())
+    files = {path.parent.resolve() / path.name: name for name, path in sources.files}
+    roots = sorted({_root_of(name, path) for path, name in files.items()})
+    state = state_of(files, roots)
+    return {"git_commit": state.commit, "git_modified": str(state.modified).lower()} if state else None
 
 
 def _root_of(name: str, path: Path) -> Path:
     """The folder of the package, or the single file."""
     depth = name.count("/")
     return path.parents[depth - 1] if depth else path
-
-
-def _read_status(lines: Sequence[str]) -> dict[str, str] | None:
-    commit = next((line.split()[2] for line in lines if line.startswith("# branch.oid")), "(initial)")
-    if commit == "(initial)":
-        return None
-    changes = [line for line in lines if not line.startswith("#")]
-    # A source that git was told to ignore is in no commit; caches always are.
-    differing = [line for line in changes if not (line[0] == "!" and any(part in line for part in _IGNORABLE))]
-    return {"git_commit": commit, "git_modified": str(bool(differing)).lower()}
-
-
-_IGNORABLE = ("__pycache__", ".pyc", ".egg-info", "_cache/")
