@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 import typer.main
+from installed_kit import install
 
 import sslbench
 from sslbench.cli import app, run
@@ -154,6 +155,37 @@ def test_nothing_is_overwritten(workdir: Path, capsys: Any) -> None:
     assert [path.name for path in (workdir / "mine").iterdir()] == ["notes.txt"]
 
 
+@pytest.mark.parametrize(
+    ("kind", "name", "other"),
+    [("eval", "red-panda", "red-panda-eval"), ("method", "red_panda", "red_panda-method")],
+)
+def test_a_package_that_would_replace_another_plugin_is_refused(
+    kind: Kind, name: str, other: str, workdir: Path, capsys: Any, monkeypatch: Any
+) -> None:
+    assert run(["new-plugin", "method", "red-panda"]) == 0
+    assert run(["new-plugin", kind, name]) == 2
+    assert f"new-plugin {kind} {other}" in capsys.readouterr().err, "--out FOLDER would lead to two of one name"
+    site = workdir / "site"
+    point = {"red-panda": "sslbench_red_panda.method"}
+    install(site, "SSLbench.Red_Panda", {"sslbench_red_panda/__init__.py": ""}, {"methods": point})
+    monkeypatch.syspath_prepend(str(site))
+    assert run(["new-plugin", kind, name, "--out", "elsewhere"]) == 2
+    assert f"new-plugin {kind} {other}" in (told := capsys.readouterr().err)
+    assert "sslbench-red-panda, which is installed" in " ".join(told.split())
+    assert not Path("elsewhere").exists()
+    assert run(["new-plugin", "method", "red-panda", "--out", "again"]) == 0
+    assert "alone is refused" not in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("out", ["/proc/red-panda", "file/red-panda"])
+def test_a_folder_that_cannot_be_made_is_said(out: str, workdir: Path, capsys: Any) -> None:
+    Path("file").touch()
+    assert run(["new-plugin", "method", "x", "--out", out]) == 2
+    told = capsys.readouterr().err
+    assert "red-panda: " in " ".join(told.split())
+    assert "unexpected" not in told
+
+
 def test_an_empty_folder_may_be_filled(workdir: Path) -> None:
     assert run(["new-plugin", "method", "x", "--out", "."]) == 0
     assert Path("pyproject.toml").is_file()
@@ -164,7 +196,7 @@ def test_an_empty_folder_may_be_filled(workdir: Path) -> None:
 def test_a_name_that_is_taken_is_said(workdir: Path, capsys: Any) -> None:
     assert run(["new-plugin", "method", "simclr"]) == 0
     assert "sslbench " in (warning := capsys.readouterr().err)
-    assert "has a method 'simclr' too" in warning
+    assert "has the method 'simclr' too" in warning
 
 
 def test_an_unknown_kind_is_a_usage_error(workdir: Path, capsys: Any) -> None:

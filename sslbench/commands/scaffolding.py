@@ -2,13 +2,17 @@
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from sslbench.commands.options import Session
 from sslbench.errors import ConfigError, did_you_mean
 from sslbench.plugin.catalog import KINDS, Catalog, Kind
+from sslbench.plugin.entry import normalized
+
+if TYPE_CHECKING:
+    from sslbench.plugin.scaffold import Scaffold
 
 
 def new_plugin(
@@ -26,7 +30,7 @@ def new_plugin(
     scaffold = Scaffold(_kind(kind), name)
     folder = out or Path(scaffold.package)
     written = scaffold.write(folder)
-    _warn_of_clashes(session.catalog, scaffold.kind, name)
+    _warn_of_clashes(session.catalog, scaffold)
     typer.echo(f"Wrote {len(written)} files to {folder}; the plugin is {folder / scaffold.module}\n")
     typer.echo("Next:")
     for command in (f"cd {folder}", *scaffold.commands()):
@@ -41,12 +45,15 @@ def _kind(word: str) -> Kind:
     raise ConfigError(f"there is no kind '{word}'{did_you_mean(word, KINDS)}", hint=f"one of: {known}")
 
 
-def _warn_of_clashes(catalog: Catalog, kind: Kind, name: str) -> None:
+def _warn_of_clashes(catalog: Catalog, scaffold: "Scaffold") -> None:
+    kind, name = scaffold.kind, scaffold.name
     for entry in catalog.entries(kind):
         if entry.name == name:
+            with_both = f"With both installed, '{name}' alone is refused: name one as PACKAGE:{name}"
+            same = normalized(entry.distribution) == scaffold.package
             typer.echo(
-                f"Warning: {entry.distribution} {entry.version} has the {kind} '{name}' too. With both installed, "
-                f"'{name}' alone is refused: name one as PACKAGE:{name}, or begin again with another name.",
+                f"Warning: {entry.distribution} {entry.version} has the {kind} '{name}' too. "
+                f"{'Installing this one replaces it' if same else with_both}, or begin again with another name.",
                 err=True,
             )
 

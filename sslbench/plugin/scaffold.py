@@ -13,8 +13,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from sslbench import __version__
-from sslbench.errors import ConfigError
-from sslbench.plugin.catalog import Kind
+from sslbench.errors import ConfigError, write_failure
+from sslbench.plugin.catalog import KINDS, Kind
+from sslbench.plugin.entry import normalized
 
 if TYPE_CHECKING:
     from importlib.resources.abc import Traversable
@@ -69,13 +70,51 @@ class Scaffold:
             The files, relative to the folder.
 
         Raises:
-            ConfigError: something is in the way.
+            ConfigError: something is in the way, or the package would replace another one when it is installed.
         """
+        self._check_distribution()
         folder = folder.expanduser().resolve()
+        try:
+            return self._write(folder)
+        except OSError as error:
+            reason = write_failure(error) or error.strerror or error
+            raise ConfigError(
+                f"nothing can be written to {folder}: {reason}", hint=f"{self._command} --out FOLDER"
+            ) from error
+
+    def commands(self) -> list[str]:
+        """What to type in the folder: the first block of its README."""
+        text = self._named((self._template / "README.md").read_text(encoding="utf-8"))
+        return text.split("```sh\n", 1)[1].split("\n```", 1)[0].splitlines()
+
+    @property
+    def _command(self) -> str:
+        return f"sslbench new-plugin {self.kind} {self.name}"
+
+    def _check_distribution(self) -> None:
+        """pip would replace an installed distribution of this name, which may hold another plugin."""
+        from importlib.metadata import PackageNotFoundError, distribution
+
+        try:
+            points = distribution(self.package).entry_points
+        except PackageNotFoundError:
+            return
+        if not points.select(group=KINDS[self.kind], name=self.name):
+            raise ConfigError(
+                f"the package of the {self.kind} '{self.name}' would be {self.package}, which is installed and is "
+                "another plugin: pip would replace it",
+                hint=f"take another name, such as: {self._other_name()}",
+            )
+
+    def _other_name(self) -> str:
+        stem = self.name[: _LONGEST - len(self.kind) - 1].rstrip("-_")
+        return f"sslbench new-plugin {self.kind} {stem}-{self.kind}"
+
+    def _write(self, folder: Path) -> list[Path]:
         if folder.exists() and not (folder.is_dir() and not any(folder.iterdir())):
             raise ConfigError(
                 f"{folder} exists already, and nothing is overwritten",
-                hint=f"sslbench new-plugin {self.kind} {self.name} --out FOLDER",
+                hint=self._other_name() if self._is_namesake(folder) else f"{self._command} --out FOLDER",
             )
         folder.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(prefix=f".{folder.name}.", dir=folder.parent) as partial:
@@ -86,10 +125,14 @@ class Scaffold:
                 made.replace(folder / made.name)
         return sorted(path.relative_to(folder) for path in folder.rglob("*") if path.is_file())
 
-    def commands(self) -> list[str]:
-        """What to type in the folder: the first block of its README."""
-        text = self._named((self._template / "README.md").read_text(encoding="utf-8"))
-        return text.split("```sh\n", 1)[1].split("\n```", 1)[0].splitlines()
+    def _is_namesake(self, folder: Path) -> bool:
+        """Whether a folder holds a distribution of this name, beside which this one could not be installed."""
+        try:
+            text = (folder / "pyproject.toml").read_text(encoding="utf-8")
+        except (OSError, ValueError):
+            return False
+        found = re.search(r'^name\s*=\s*["\']([^"\']+)', text, re.MULTILINE)
+        return found is not None and normalized(found[1]) == self.package
 
     def _fill(self, template: Traversable, target: Path) -> None:
         """Copy a file or a tree, with the plugin's names."""
