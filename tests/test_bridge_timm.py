@@ -6,6 +6,8 @@ import copy
 import json
 import subprocess
 import sys
+from argparse import Namespace
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -14,6 +16,7 @@ from torch import Tensor
 
 from sslbench.engine.recompute import checkpoint_activations
 from sslbench.errors import CheckpointError, ConfigError, MissingExtraError
+from sslbench.nn.ema import EMA
 from sslbench.plugin.api import Backbone
 from sslbench.plugin.catalog import Catalog
 from sslbench.testing.backbones import check_backbone
@@ -187,9 +190,47 @@ def test_weights_come_from_a_file_and_are_not_needed_again(tmp_path: Path) -> No
         build("test_convnext", weights=tmp_path / "a.pth")
     with pytest.raises(CheckpointError, match="there is no file"):
         build("test_resnet", weights=tmp_path / "b.pth")
-    torch.save({"state_dict": Path}, tmp_path / "code.pth")
-    with pytest.raises(CheckpointError, match="does not fit"):
-        build("test_resnet", weights=tmp_path / "code.pth")
+
+
+@pytest.mark.parametrize("name", ["a.pth", "a.safetensors", "a.npz"])
+@pytest.mark.parametrize("model", ["test_resnet", "test_vit"])
+def test_no_file_of_weights_runs_code_whatever_timm_would_do(
+    model: str, name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("timm.models._builder.load_state_dict", partial(torch.load, weights_only=False))  # 1.0.9
+    torch.save({"state_dict": Bomb(tmp_path / "ran")}, tmp_path / name)
+    with pytest.raises(CheckpointError):
+        build(model, weights=tmp_path / name)
+    assert not (tmp_path / "ran").exists()
+
+
+class Bomb:
+    """Writes a file when it is unpickled."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def __reduce__(self) -> tuple[object, ...]:
+        return Path.touch, (self.path,)
+
+
+def test_files_of_timms_own_training_are_read(tmp_path: Path) -> None:
+    theirs = timm.create_model("test_resnet").state_dict()
+    averaged = {f"module.{key}": value + 1 for key, value in theirs.items()}
+    content = {"state_dict": theirs, "state_dict_ema": averaged, "args": Namespace(lr=0.1)}
+    torch.save(content, tmp_path / "last.pth.tar")
+    backbone = build("test_resnet", weights=tmp_path / "last.pth.tar")
+    assert all(torch.equal(value, theirs[key] + 1) for key, value in backbone.state_dict().items())
+    assert "state_dict" not in backbone._network.pretrained_cfg
+    torch.save({"state_dict": {}}, tmp_path / "empty.pth")
+    with pytest.raises(CheckpointError, match="holds no named tensors"):
+        build("test_resnet", weights=tmp_path / "empty.pth")
+
+
+def test_a_teacher_drops_no_units() -> None:
+    teacher = EMA(build("test_resnet", arguments={"drop_rate": 0.5})).train()
+    first, second = (teacher(images(2, 64)).pooled for _ in range(2))
+    assert torch.equal(first, second)
 
 
 def test_pretrained_weights_that_cannot_be_had(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -6,6 +6,7 @@ weights have licences of their own.
 
 from __future__ import annotations
 
+from argparse import Namespace
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from itertools import product
@@ -18,6 +19,7 @@ import torch
 from pydantic import Field, field_validator, model_validator
 from torch import Tensor, nn
 
+from sslbench.engine.checkpoint import load_tensors
 from sslbench.errors import CheckpointError, ConfigError, MissingExtraError, PluginError, did_you_mean
 from sslbench.plugin.api import Backbone, Features, Options
 from sslbench.plugin.hooks import hookimpl
@@ -26,6 +28,7 @@ _TAKEN = frozenset({
     "model_name", "num_classes", "in_chans", "img_size", "drop_path_rate", "features_only", "pretrained",
     "pretrained_cfg", "pretrained_cfg_overlay", "checkpoint_path", "cache_dir", "device", "dtype",
 })  # fmt: skip
+_ENTRIES = ("state_dict_ema", "model_ema", "state_dict", "model")
 
 
 class TimmOptions(Options):
@@ -109,6 +112,8 @@ class Timm(Backbone):
                 f"got {images.shape[-2]}x{images.shape[-1]}",
                 hint="give all views one size (method.views.0.size=N), or take another model",
             )
+        if self._network.training != self.training:  # set by name on each module, as an EMA does
+            self._network.training = self.training
         raw = self._network.forward_features(images)
         cells = self._as_map(raw, images)
         pooled = cells.mean((2, 3)) if self.mean_pooled else self._network.forward_head(raw, pre_logits=True)
@@ -201,9 +206,11 @@ def _create(cfg: TimmOptions, side: int) -> tuple[Any, Any]:
             network = timm.create_model(cfg.model, **sizes, **given)
         except TypeError as error:  # a constructor without such an argument
             refused = error
-        except (OSError, RuntimeError, ValueError, AssertionError, KeyError) as error:
+        except (OSError, RuntimeError, ValueError, AssertionError, LookupError, AttributeError) as error:
             raise _failure(cfg, side, error) from error
         else:
+            for source in (network.pretrained_cfg, network.default_cfg):
+                source.pop("state_dict", None)  # copies of the network would copy it
             _without_drop_path(timm, network, cfg)
             return network, takes
     raise ConfigError(
@@ -242,10 +249,38 @@ def _start(cfg: TimmOptions) -> dict[str, Any]:
     path = cfg.weights.expanduser()
     if not path.is_file():
         raise CheckpointError(f"backbone.weights: there is no file {path}", hint="backbone.weights=FILE")
-    overlay: dict[str, Any] = {"file": str(path)}
-    if path.suffix != ".npz":
-        overlay["custom_load"] = False  # the models' own loaders read their authors' archives only
-    return {"pretrained": True, "pretrained_cfg_overlay": overlay}
+    # Arrays of the models' authors, which numpy reads without running anything; timm's reader of other files may.
+    arrays = path.suffix == ".npz"
+    overlay = {"file": str(path)} if arrays else {"state_dict": _tensors(path)}
+    return {"pretrained": True, "pretrained_cfg_overlay": {**overlay, "custom_load": arrays}}
+
+
+def _tensors(path: Path) -> dict[str, Tensor]:
+    """The named tensors of a file, averaged ones before others, as timm chooses among them."""
+    content: Any = _safetensors(path) if path.suffix == ".safetensors" else _saved_by_torch(path)
+    entries = (content.get(name) for name in _ENTRIES) if isinstance(content, Mapping) else ()
+    found = next((entry for entry in entries if isinstance(entry, Mapping)), content)
+    tensors = found if isinstance(found, Mapping) else {}
+    if not tensors or not all(isinstance(value, Tensor) for value in tensors.values()):
+        raise CheckpointError(
+            f"{path} holds no named tensors", hint="save a state dict: torch.save(model.state_dict(), FILE)"
+        )
+    return dict(_timm().models.clean_state_dict(dict(tensors)))
+
+
+def _safetensors(path: Path) -> dict[str, Tensor]:
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
+    try:
+        return load_file(path)
+    except (SafetensorError, OSError) as error:
+        raise CheckpointError(f"{path} cannot be read: {error}") from error
+
+
+def _saved_by_torch(path: Path) -> Any:
+    with torch.serialization.safe_globals([Namespace]):  # plain data that timm's own training saves along
+        return load_tensors(path)
 
 
 def _size_arguments(timm: ModuleType, model: str, side: int) -> Iterator[tuple[dict[str, Any], str]]:
