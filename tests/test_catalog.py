@@ -144,6 +144,34 @@ def test_a_broken_local_file_names_its_line(tmp_path: Path) -> None:
         Catalog.from_options([str(file)]).entries("method")
 
 
+@pytest.mark.parametrize(
+    ("hook", "told"),
+    [
+        ("return Mine", r"sslbench_methods must return a list of classes, not <class .*Mine'>"),
+        ("return 3", "sslbench_methods must return a list of classes, not 3"),
+        ("return [Mine.mine]", r"failed in sslbench_methods: AttributeError: .*mine.* \(bad\.py, line 7\)"),
+        ("import sys; sys.exit(2)", "failed in sslbench_methods: SystemExit: 2"),
+        ("return [Method]", "sslbench_methods offers <class .*Method'>, which has no name"),
+    ],
+)
+def test_a_local_file_whose_hook_is_wrong_is_named(tmp_path: Path, hook: str, told: str) -> None:
+    file = tmp_path / "bad.py"
+    source = "from sslbench.plugin.api import Method\nfrom sslbench.plugin.hooks import hookimpl\n"
+    file.write_text(
+        f"{source}class Mine(Method):\n    name = 'mine'\n@hookimpl\ndef sslbench_methods():\n    {hook}\n"
+    )
+    with pytest.raises(PluginError, match=told) as caught:
+        Catalog.from_options([str(file)]).find("method", "simclr")
+    assert f"plugin file {file}" in str(caught.value)
+
+
+def test_an_installed_plugin_whose_hook_is_wrong_is_named(site: Path) -> None:
+    source = METHOD.format(name="alone").replace("return [Mine]", "return Mine")
+    install(site, "ssl-alone", "alone_a", source, {"alone": "alone_a"})
+    with pytest.raises(PluginError, match="'alone' of ssl-alone: sslbench_methods must return a list"):
+        Catalog().load("method", "alone")
+
+
 def test_a_blocked_plugin_says_so() -> None:
     with pytest.raises(PluginError, match="blocked by -p no:simclr"):
         Catalog.from_options(["no:simclr"]).load("method", "simclr")

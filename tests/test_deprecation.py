@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import installed_kit
 import pluggy
 import pytest
 from pydantic import Field
@@ -158,6 +159,93 @@ def test_an_old_plugin_name_finds_the_new_plugin_and_is_not_listed(caplog: pytes
     assert {record.message for record in caplog.records} == {
         "the method 'mine_v1' is now 'mine'; the old name will be gone in ssl-mine 2.0"
     }
+
+
+BACKBONE = '''"""A backbone that has had another name, and sizes."""
+from torch import nn
+
+from sslbench.deprecation import Renamed
+from sslbench.plugin.api import Backbone, Features, Options
+from sslbench.plugin.hooks import hookimpl
+
+class Config(Options):
+    size: str = "a"
+    width: int = 4
+    renamed = {"wide": Renamed("width", "ssl-nets 2.0")}
+
+class Net(Backbone):
+    name = "newb"
+    Config = Config
+    selector = "size"
+    stride = 1
+    renamed = {"oldb": Renamed("newb", "ssl-nets 2.0")}
+
+    def __init__(self, cfg, image_size):
+        super().__init__(cfg, image_size)
+        self.dim = cfg.width
+        self.layer = nn.Conv2d(3, cfg.width, 1)
+
+    def forward(self, images):
+        x = self.layer(images)
+        return Features(pooled=x.mean((2, 3)), map=x)
+
+@hookimpl
+def sslbench_backbones():
+    return [Net]
+'''
+
+
+@pytest.fixture
+def nets(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """A package whose backbone had another name."""
+    monkeypatch.syspath_prepend(str(tmp_path))
+    points = {"backbones": {"newb": "ssl_nets"}, "backbones.renamed": {"oldb": "ssl_nets"}}
+    installed_kit.install(tmp_path, "ssl-nets", {"ssl_nets.py": BACKBONE}, points)
+    yield tmp_path
+    sys.modules.pop("ssl_nets", None)
+
+
+@pytest.mark.parametrize(
+    ("old", "new"),
+    [
+        ("oldb", "newb"),
+        ("oldb:b", "newb:b"),
+        ("ssl-nets:oldb", "ssl-nets:newb"),
+        ("ssl-nets:oldb:b", "ssl-nets:newb:b"),
+        ("newb:oldb", "newb:oldb"),
+        ("conv4", "conv4"),
+        ("none:oldb", "none:oldb"),
+    ],
+)
+@pytest.mark.usefixtures("nets")
+def test_an_old_plugin_name_may_have_an_address_and_a_value(old: str, new: str) -> None:
+    assert Catalog().current_name("backbone", old) == new
+
+
+@pytest.mark.usefixtures("nets")
+def test_a_value_behind_an_old_name_reaches_the_plugin() -> None:
+    assert Catalog().choose("backbone", "oldb:b") == ("newb", {"size": "b"})
+    tree = composed("method.name=simclr", "backbone.name=ssl-nets:oldb:b").tree
+    assert tree["backbone"] == {"name": "ssl-nets:newb", "size": "b", "width": 4}
+
+
+def test_an_old_name_takes_none_from_a_plugin_that_has_it(nets: Path) -> None:
+    points = {"methods.renamed": {"simclr": "ssl_evil"}, "backbones.renamed": {"newb": "ssl_evil"}}
+    installed_kit.install(nets, "ssl-evil", {"ssl_evil.py": "raise SystemExit('imported')\n"}, points)
+    assert Catalog().find("method", "simclr").distribution == "sslbench"
+    assert Catalog().choose("backbone", "newb:b") == ("newb", {"size": "b"})
+    blocked = Catalog(blocked=frozenset({"sslbench:simclr"}))
+    with pytest.raises(PluginError, match="is blocked by -p no:sslbench:simclr"):
+        blocked.find("method", "simclr")
+
+
+def test_several_plugins_with_one_old_name_are_named(nets: Path) -> None:
+    installed_kit.install(nets, "ssl-other", {"ssl_other.py": ""}, {"backbones.renamed": {"oldb": "ssl_other"}})
+    with pytest.raises(PluginError, match=r"had the backbone name 'oldb': ssl-.* and ssl-") as caught:
+        Catalog().current_name("backbone", "oldb:b")
+    assert "ssl-nets:oldb" in str(caught.value.hint)
+    assert Catalog().current_name("backbone", "ssl-nets:oldb") == "ssl-nets:newb"
+    assert Catalog(blocked=frozenset({"ssl-other"})).current_name("backbone", "oldb") == "newb"
 
 
 @pytest.mark.usefixtures("_mine")

@@ -257,7 +257,7 @@ def _plan(
             f"the run {RunRecord.load(run_dir).name} has no data set of its own",
             hint=f"name one: sslbench eval {protocol} RUN --dataset NAME",
         )
-    name, selected = catalog.choose("dataset", catalog.current_name("dataset", str(name)))
+    name, selected = catalog.choose("dataset", str(name))
     same = all(str(of_run.get(key)) == value for key, value in {"name": name, **selected}.items())
     base = of_run if same else {}
     dataset_class = catalog.load("dataset", name)

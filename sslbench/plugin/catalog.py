@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import inspect
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Sequence, Set
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -102,9 +102,7 @@ class Catalog:
         if not wanted:
             raise self._unknown(kind, name)
         if len(wanted) > 1:
-            owners = " and ".join(f"{e.owner} ({e.module})" for e in wanted)
-            choices = " or ".join(e.address for e in wanted)
-            raise PluginError(f"two plugins claim the {kind} '{name}': {owners}", hint=f"name one: {choices}")
+            raise _claimed(f"two plugins claim the {kind} '{name}'", wanted)
         return wanted[0]
 
     def split(self, kind: Kind, text: str) -> tuple[str, str | None]:
@@ -113,11 +111,7 @@ class Catalog:
         Nothing is imported. An address (``distribution:name``) is a name, and so is what no plugin answers to;
         ``distribution:name:value`` has both.
         """
-        known = {word for entry in self._known(kind) for word in (entry.name, entry.address)}
-        parts = text.split(":")
-        heads = (":".join(parts[:count]) for count in range(len(parts), 0, -1))
-        head = next((head for head in heads if head in known), text)
-        return head, None if head == text else text[len(head) + 1 :]
+        return _parted(text, _words(self._known(kind))) or (text, None)
 
     def options_of(self, kind: Kind, name: str, value: str | None) -> dict[str, str]:
         """The option that a value behind a plugin's name sets (its ``selector``).
@@ -139,21 +133,34 @@ class Catalog:
 
     def choose(self, kind: Kind, text: str) -> tuple[str, dict[str, str]]:
         """A plugin as users write it (``NAME`` or ``NAME:VALUE``), as its name and the options that sets."""
-        name, value = self.split(kind, text)
+        name, value = self.split(kind, self.current_name(kind, text))
         return name, self.options_of(kind, name, value)
 
-    def current_name(self, kind: Kind, name: str) -> str:
-        """What a plugin is called now that had another name; any other name as it is.
+    def current_name(self, kind: Kind, text: str) -> str:
+        """What a plugin is called now that had another name, with the value behind it; any other text as it is.
 
-        Entry points of old names are in a group of their own, so that nobody is offered them.
+        Entry points of old names are in a group of their own, so that nobody is offered them. Nor can they take
+        a name from a plugin that has it now.
+
+        Raises:
+            PluginError: several plugins had this name, or the one that had it cannot be imported.
         """
-        points = self._points.select(group=f"{KINDS[kind]}{RENAMED}", name=name)
-        for entry in filter(self._may_load, [Entry.of_point(kind, point) for point in points]):
-            for cls in _offered(entry):
-                if name in cls.renamed:
-                    tell_user(cls.renamed[name].notice(kind, name))
-                    return str(cls.renamed[name].to)
-        return name
+        points = self._points.select(group=f"{KINDS[kind]}{RENAMED}")
+        former = [entry for point in points if self._may_load(entry := Entry.of_point(kind, point))]
+        found = _parted(text, _words(former))
+        if found is None:
+            return text
+        known = _words(self._known(kind))
+        if _parted(text, known):
+            return text
+        name, value = found
+        claims = [entry for entry in former if name in (entry.name, entry.address)]
+        if len(claims) > 1:
+            raise _claimed(f"several plugins had the {kind} name '{name}'", claims)
+        current = _current(claims[0])
+        address = f"{claims[0].distribution}:{current}"
+        renamed = address if name != claims[0].name and address in known else current
+        return renamed if value is None else f"{renamed}:{value}"
 
     def load(self, kind: Kind, name: str) -> type[Any]:
         """Import the plugin and return its class.
@@ -219,8 +226,43 @@ class Catalog:
         )
 
 
+def _words(entries: Iterable[Entry]) -> set[str]:
+    """Names and addresses."""
+    return {word for entry in entries for word in (entry.name, entry.address)}
+
+
+def _parted(text: str, words: Set[str]) -> tuple[str, str | None] | None:
+    """The longest of the words that a text begins with, and the value behind it; None: it begins with none."""
+    parts = text.split(":")
+    heads = (":".join(parts[:count]) for count in range(len(parts), 0, -1))
+    head = next((head for head in heads if head in words), None)
+    return None if head is None else (head, None if head == text else text[len(head) + 1 :])
+
+
+def _claimed(problem: str, entries: Sequence[Entry]) -> PluginError:
+    owners = " and ".join(f"{e.owner} ({e.module})" for e in entries)
+    return PluginError(f"{problem}: {owners}", hint=f"name one: {' or '.join(e.address for e in entries)}")
+
+
+def _current(entry: Entry) -> str:
+    """The name that a plugin has now, told to the user; what its classes never were called stays as it is."""
+    renamed = [getattr(cls, "renamed", {}).get(entry.name) for cls in _offered(entry)]
+    found = next(filter(None, renamed), None)
+    if found is None:
+        return entry.name
+    tell_user(found.notice(entry.kind, entry.name))
+    return str(found.to)
+
+
 def _local_entries(kind: Kind, path: Path) -> list[Entry]:
-    classes = offered(import_file(path), f"sslbench_{kind}s", str(path), f"plugin file {path}")
+    hook = f"sslbench_{kind}s"
+    classes = offered(import_file(path), hook, str(path), f"plugin file {path}")
+    for cls in classes:
+        if not isinstance(getattr(cls, "name", None), str):
+            raise PluginError(
+                f"plugin file {path}: {hook} offers {cls!r}, which has no name",
+                hint=f'set name = "..." on the class: what --{kind} takes',
+            )
     return [Entry(cls.name, str(path), path.stem, "local", path, kind) for cls in classes]
 
 

@@ -7,6 +7,7 @@ import importlib
 import importlib.util
 import re
 import sys
+from collections.abc import Iterable
 from functools import cache
 from pathlib import Path
 from types import ModuleType
@@ -146,6 +147,21 @@ def manager_of(module: ModuleType, name: str, owner: str) -> pluggy.PluginManage
 
 
 def offered(module: ModuleType, hook: str, name: str, owner: str) -> list[Any]:
-    """The classes that a module's hook returns."""
-    results = getattr(manager_of(module, name, owner).hook, hook)()
+    """The classes that a module's hook returns.
+
+    Raises:
+        PluginError: it fails, or returns something else than a list of them.
+    """
+    calls = getattr(manager_of(module, name, owner).hook, hook)
+    try:
+        results = [list(result) if isinstance(result, Iterable) else result for result in calls()]
+    except PluginError:
+        raise
+    except FAILURES as error:
+        raise PluginError(f"{owner} failed in {hook}: {cause(error)}") from error
+    for result in results:
+        if not isinstance(result, list):
+            raise PluginError(
+                f"{owner}: {hook} must return a list of classes, not {result!r}", hint="return [YourClass]"
+            )
     return [cls for result in results for cls in result]
