@@ -572,6 +572,16 @@ def test_one_that_cannot_be_opened_is_told_once(tmp_path: Path) -> None:
         checkup.raise_if_broken()
 
 
+class Lists(Good):
+    def split(self, name: str) -> Any:
+        return [1, 2, 3]
+
+
+def test_a_split_that_is_no_source_is_told_once(root: Path) -> None:
+    checkup = verdicts(Lists, root)
+    assert [verdict.detail for verdict in checkup.broken] == ["split('train') must return a Source, got a list"]
+
+
 def test_missing_options_are_the_users_error() -> None:
     with pytest.raises(ConfigError, match="root"):
         check_dataset(Good)

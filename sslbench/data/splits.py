@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from sslbench.data.sources import ConcatSource
-from sslbench.errors import DataError
+from sslbench.errors import DataError, PluginError
 from sslbench.plugin.api import Dataset, Source
 from sslbench.rng import derive_seed, hash_uniform
 
@@ -79,7 +79,23 @@ def _source(dataset: Dataset, name: str) -> Source:
     if name not in EVAL_SPLITS or (name == "test" and "test" not in splits):
         raise DataError(f"data set '{dataset.name}' has no split '{name}' (it has {', '.join(splits)})")
     if "val" not in splits and name != "test":
-        return dataset.split("train")
+        return source_of(dataset, "train")
     if name == "trainval":
-        return ConcatSource(dataset.split("train"), dataset.split("val"))
-    return dataset.split(name)
+        return ConcatSource(source_of(dataset, "train"), source_of(dataset, "val"))
+    return source_of(dataset, name)
+
+
+def source_of(dataset: Dataset, name: str) -> Source:
+    """The images of one of a data set's own splits.
+
+    Raises:
+        DataError: from the data set, if it has no such split or lacks files.
+        PluginError: what the data set returned is no source.
+    """
+    source: object = dataset.split(name)
+    if not isinstance(source, Source):
+        raise PluginError(
+            f"data set '{dataset.name}': split('{name}') must return a Source, got a {type(source).__name__}",
+            hint=f"sslbench check dataset {dataset.name}   tries all that is expected of a data set",
+        )
+    return source

@@ -15,12 +15,13 @@ from sslbench.config.compose import Composed, Selection
 from sslbench.config.schema import TrainOptions
 from sslbench.data.loader import TrainLoader
 from sslbench.data.packed import pack
-from sslbench.data.splits import eval_split
+from sslbench.data.splits import eval_split, source_of
 from sslbench.data.store import open_store
 from sslbench.data.views import ViewExecutor, expand
 from sslbench.engine.accumulate import check_accumulation, check_part_sizes
 from sslbench.engine.blame import blaming
 from sslbench.engine.checkpoint import details
+from sslbench.engine.firstlook import check_backbone
 from sslbench.engine.layout import faster_layout
 from sslbench.engine.loop import Plan
 from sslbench.engine.precision import Precision, choose_precision
@@ -191,6 +192,21 @@ def _make_backbone(selection: Selection, side: int, start: Start | None) -> Back
     return backbone
 
 
+def _backbones(composed: Composed, side: int, start: Start | None) -> Callable[[], Backbone]:
+    """Makes one after another, with a look at what the first one gives."""
+    looked = False
+
+    def make() -> Backbone:
+        nonlocal looked
+        backbone = _make_backbone(composed.backbone, side, start)
+        if not looked:
+            check_backbone(backbone, side, choose_device(composed.core.train))
+            looked = True
+        return backbone
+
+    return make
+
+
 def compile_backbones(method: nn.Module, backend: str = "inductor") -> None:
     """Compile each backbone in place, which leaves state-dict keys alone."""
     for module in method.modules():
@@ -201,10 +217,10 @@ def compile_backbones(method: nn.Module, backend: str = "inductor") -> None:
 def _build_method(
     composed: Composed, dataset: Dataset, side: int, start: Start | None, num_images: int, steps_per_epoch: int
 ) -> Method:
-    core, backbone = composed.core, composed.backbone
+    core = composed.core
     torch.manual_seed(derive_seed(core.run.seed, "initialisation"))
     build = Build(
-        make_backbone=lambda: _make_backbone(backbone, side, start),
+        make_backbone=_backbones(composed, side, start),
         global_batch=core.train.batch_size,
         num_images=num_images,
         steps=core.train.epochs * steps_per_epoch,
@@ -270,4 +286,4 @@ def _training_images(composed: Composed, dataset: Dataset) -> tuple[Source, torc
                 hint="another data set (sslbench list datasets) or another method (sslbench list methods)",
             )
         return eval_split(dataset, "train", composed.core.data.val_fraction)
-    return dataset.split(dataset.info.pretrain_split), None
+    return source_of(dataset, dataset.info.pretrain_split), None

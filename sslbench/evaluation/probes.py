@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from sslbench.config.schema import DataOptions, ProbeOptions
-from sslbench.data.splits import eval_split
+from sslbench.data.splits import eval_split, source_of
 from sslbench.evaluation.classifiers import Neighbours, label_ranks, percent, ridge_head
 from sslbench.evaluation.features import IndexedFeatures, extract
 from sslbench.evaluation.job import preprocessing_for
@@ -156,7 +156,7 @@ class OnlineProbes:
 def _samples(dataset: Dataset, images: int, val_fraction: float, seed: int) -> tuple[Sample, Sample | None]:
     """Training and validation images; no validation images unless images have one label each."""
     if dataset.info.task != "classification":
-        source = dataset.split(dataset.info.pretrain_split)
+        source = source_of(dataset, dataset.info.pretrain_split)
         return Sample.draw(source, torch.arange(len(source)), images, seed), None
     train, val = (eval_split(dataset, name, val_fraction) for name in ("train", "val"))
     return Sample.draw(*train, images, seed), Sample.draw(*val, images // 2, seed)

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from sslbench.config.compose import Composed
 from sslbench.config.validate import Problem
-from sslbench.data.splits import eval_split
+from sslbench.data.splits import eval_split, source_of
 from sslbench.data.views import expand
 from sslbench.engine.setup import DEFAULT_SIZE, check_requirements, make_dataset
 from sslbench.errors import ConfigError, DataError
@@ -131,7 +131,7 @@ def _of_files(composed: Composed, dataset: Dataset) -> Published:
         _, indices = eval_split(dataset, "train", composed.core.data.val_fraction)
         count = len(indices)
     else:
-        count = len(dataset.split(info.pretrain_split))
+        count = len(source_of(dataset, info.pretrain_split))
     declared = dataset.published.size if dataset.published and info.size is None else (side, side)
     return Published(count, declared, len(info.classes), same_size=info.size is not None)
 

@@ -60,6 +60,12 @@ def check_dataset(
 
 
 def _opens(subject: DatasetSubject) -> str:
+    for split, source in subject.sources.items():
+        if not isinstance(source, Source):
+            raise BrokenRuleError(
+                f"split('{split}') must return a Source, got a {type(source).__name__}",
+                "return an object of a class that derives from sslbench.plugin.api.Source",
+            )
     sizes = ", ".join(f"{len(source):,} {split}" for split, source in subject.sources.items())
     if not sizes or any(len(source) == 0 for source in subject.sources.values()):
         raise BrokenRuleError(
