@@ -10,7 +10,9 @@ import pytest
 from installed_kit import install
 
 from sslbench.cli import run
-from sslbench.errors import ExitCode
+from sslbench.engine.blame import blaming
+from sslbench.errors import ExitCode, PluginError
+from sslbench.plugin.catalog import Catalog
 
 FOLDER = Path(__file__).parent / "broken_plugins"
 SYNTAX_ERROR = '"""Has a colon too few."""\n\n\ndef sslbench_methods()\n    return []\n'
@@ -96,7 +98,14 @@ def test_what_cannot_be_loaded_says_why(installed: Path, capsys: Capture, module
     assert not Path("runs").exists()
 
 
-@pytest.mark.parametrize(("module", "broken"), [(m, b) for m, b in TWELVE.items() if b.training])
+@pytest.mark.parametrize(
+    ("module", "broken"),
+    [
+        pytest.param(m, b, marks=() if m == "label_peeking" else pytest.mark.slow)
+        for m, b in TWELVE.items()
+        if b.training
+    ],
+)
 def test_what_breaks_in_training_is_stopped_in_its_first_step(
     installed: Path, capsys: Capture, module: str, broken: Broken
 ) -> None:
@@ -108,6 +117,60 @@ def test_what_breaks_in_training_is_stopped_in_its_first_step(
         assert "None unless the method declares uses_labels = True" in told
 
 
+PAIR = {
+    "method": """from sslbench.plugin.api import Method
+from sslbench.plugin.hooks import hookimpl
+
+class Pull(Method):
+    name = "pull"
+    def forward(self, batch):
+        return net(batch)
+
+@hookimpl
+def sslbench_methods():
+    return [Pull]
+""",
+    "backbone": """import torch
+
+from sslbench.plugin.api import Backbone
+from sslbench.plugin.hooks import hookimpl
+
+class Net(Backbone):
+    name = "net"
+    def forward(self, images):
+        return torch.zeros(2) @ images
+
+@hookimpl
+def sslbench_backbones():
+    return [Net]
+""",
+}
+
+
+@pytest.mark.parametrize("together", [False, True])
+def test_a_mistake_is_told_of_the_plugin_whose_line_it_is(
+    workdir: Path, monkeypatch: pytest.MonkeyPatch, together: bool
+) -> None:
+    names = {kind: "both.py" if together else f"{kind}.py" for kind in PAIR}
+    sources = {"both.py": PAIR["method"] + PAIR["backbone"]} if together else PAIR
+    for name, source in sources.items():
+        Path(name if together else names[name]).write_text(source)
+    catalog = Catalog.from_options(sorted(set(names.values())))
+    method, backbone = catalog.load("method", "pull"), catalog.load("backbone", "net")
+    sharded = type("Sharded", (backbone,), {"__module__": "torch.nn"})
+    for net, told in [
+        (lambda batch: backbone.forward(None, batch), rf"backbone 'net' .* now \({names['backbone']}, line \d+\)"),
+        (lambda batch: int("x"), rf"method 'pull' failed just now \({names['method']}, line 7\): ValueError"),
+    ]:
+        monkeypatch.setitem(method.forward.__globals__, "net", net)
+        with pytest.raises(PluginError, match=told) as caught, blaming((method, sharded), "just now"):
+            method.forward(None, [1.0])
+        assert told.split("'")[1] in str(caught.value.hint)
+    with pytest.raises(ZeroDivisionError), blaming((method, sharded), "just now"):
+        1 / 0  # noqa: B018 - in no plugin's file
+
+
+@pytest.mark.slow
 def test_everything_else_works_beside_them(installed: Path, capsys: Capture) -> None:
     assert run(["pretrain", "--method", "byol", *SHORT, "run.name=beside"]) == 0
     assert json.loads(Path("runs/beside/run.json").read_text())["status"] == "FINISHED"

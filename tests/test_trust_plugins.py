@@ -287,6 +287,23 @@ def test_hook_calls_are_traced(
     assert capsys.readouterr().err == ""
 
 
+def test_an_extension_that_fails_is_told_of_once(site: Path) -> None:
+    for name, error in {"good": "ValueError('bad')", "quits": "SystemExit(4)"}.items():
+        install(site, f"ext-{name}", {f"{name}.py": WATCH.format(error=error)}, {"extensions": {name: name}})
+    install(site, "ext-torn", {"torn.py": "def (:\n"}, {"extensions": {"torn": "torn"}})
+    good, quits, torn = Catalog().extensions()
+    logged = {"run_dir": site, "step": 1, "metrics": {}}
+    failed = "failed in sslbench_metrics_logged"
+    assert (good.tell("sslbench_metrics_logged", **logged) or "").startswith(
+        f"extension 'good' of ext-good 1.0 {failed}: ValueError: bad"
+    )
+    assert good.tell("sslbench_metrics_logged", **logged) is None
+    assert f"{failed}: SystemExit: 4" in (quits.tell("sslbench_metrics_logged", **logged) or "")
+    assert torn.tell("sslbench_metrics_logged", **logged) is None
+    assert torn.identity()["problem"].startswith("extension 'torn' of ext-torn 1.0 cannot be imported")
+
+
+@pytest.mark.slow
 def test_extensions_that_fail_are_named_recorded_and_take_nothing_down(
     site: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -244,7 +244,8 @@ class Loop:
         return {key: torch.stack([report[key] for report in reports]).sum(dim=0) for key in reports[0]}
 
     def _forward_backward(self, batch: Batch, weight: float, check: bool) -> dict[str, Tensor]:
-        first_step = blaming(type(self.method), "in its first step") if check else nullcontext()
+        plugins = (type(self.method), type(self.method.backbone))
+        first_step = blaming(plugins, "in its first step") if check else nullcontext()
         with self._autocast(), first_step:
             output: dict[str, Tensor] = self.model(batch)
         if check:
