@@ -1,4 +1,4 @@
-"""A first look at what a backbone gives: one that breaks its promises is named before a method trips over it."""
+"""A first look at what a plugin gives: what is not as promised is named before something trips over it."""
 
 from __future__ import annotations
 
@@ -77,6 +77,14 @@ def _check_features(backbone: Backbone, found: Any, side: int) -> None:
             f"gave a map {_shown(found.map)} of {side}x{side} pixels",
             f"a cell for every {backbone.stride} pixels (its stride)",
         )
+
+
+def without_loss(output: object) -> str:
+    """In words, what a method returned that has no loss."""
+    if not isinstance(output, dict):
+        return f"{_named(output)} instead of a dictionary with 'loss'"
+    keys = ", ".join(map(str, output))
+    return f"a dictionary with {keys}, without 'loss'" if keys else "an empty dictionary, without 'loss'"
 
 
 def _broken(backbone: Backbone, did: str, promised: str) -> PluginError:

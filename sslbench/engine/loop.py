@@ -18,6 +18,7 @@ from sslbench.config.schema import CoreOptions
 from sslbench.engine.accumulate import gathering, part_weights, parts_of
 from sslbench.engine.blame import blaming
 from sslbench.engine.divergence import Watch
+from sslbench.engine.firstlook import without_loss
 from sslbench.engine.optim import set_learning_rate, set_weight_decay
 from sslbench.engine.precision import LossScaler, Precision, autocast
 from sslbench.engine.schedule import learning_rate, peak_lr, weight_decay
@@ -290,7 +291,12 @@ class Loop:
         return autocast(self.precision, self.device)
 
     def _check_output(self, output: Any) -> None:
-        loss = output.get("loss") if isinstance(output, dict) else None
+        if not isinstance(output, dict) or "loss" not in output:
+            raise PluginError(
+                f"method '{self.method.name}': forward returned {without_loss(output)}",
+                hint='return {"loss": loss} with one number for the global batch',
+            )
+        loss = output["loss"]
         if not isinstance(loss, Tensor) or loss.dim() != 0 or loss.dtype != torch.float32:
             shown = f"{loss.dtype} {tuple(loss.shape)}" if isinstance(loss, Tensor) else repr(loss)
             raise PluginError(f"method '{self.method.name}' must return {{'loss': a float32 scalar}}, got {shown}")

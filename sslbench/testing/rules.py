@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import inspect
+import re
 import time
+import traceback
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Generic, Literal, TypeVar
 
 from sslbench.errors import SslbenchError
@@ -103,11 +107,31 @@ def _tried(rule: Rule[Subject], subject: Subject) -> Verdict:
     except SslbenchError as error:
         return verdict("broken", error.message, error.hint or "")
     except Exception as error:  # noqa: BLE001 - a foreign plugin may fail in any way
-        return verdict("broken", f"{type(error).__name__}: {error}", _where(error))
+        return verdict("broken", f"{type(error).__name__}: {error}", _cure(error, getattr(subject, "cls", None)))
 
 
-def _where(error: BaseException) -> str:
-    frame = error.__traceback__
-    while frame is not None and frame.tb_next is not None:
-        frame = frame.tb_next
-    return f"raised in {frame.tb_frame.f_code.co_filename}, line {frame.tb_lineno}" if frame else ""
+def _cure(error: BaseException, plugin: type | None) -> str:
+    without_options = re.search(r"^'(Method|Eval)?(Config|Options)' object has no attribute", str(error))
+    forgotten = (
+        "set Config = ... on the plugin's class, with the class of its options; " if without_options else ""
+    )
+    return f"{forgotten}raised in {_place(error, plugin)}"
+
+
+def _place(error: BaseException, plugin: type | None) -> str:
+    """The deepest line of the plugin's own file; else of what is no library; else of all."""
+    try:
+        own = inspect.getfile(plugin) if plugin else ""
+    except (OSError, TypeError):
+        own = ""
+    frames = traceback.extract_tb(error.__traceback__)
+    candidates = (
+        [frame for frame in frames if frame.filename == own],
+        [frame for frame in frames if not _LIBRARIES & set(Path(frame.filename).parts)],
+        frames,
+    )
+    deepest = next(found for found in candidates if found)[-1]
+    return f"{deepest.filename}, line {deepest.lineno}"
+
+
+_LIBRARIES = {"sslbench", "torch", "site-packages", "dist-packages"}

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from sslbench.data.loader import TrainLoader
+from sslbench.engine.firstlook import without_loss
 from sslbench.plugin.api import Batch, Method, MethodConfig
 from sslbench.testing.reference import PluginReference
 from sslbench.testing.rules import BrokenRuleError, NotTriedError
@@ -197,7 +198,7 @@ def checked_loss(output: Any) -> Tensor:
         BrokenRuleError: it is no float32 scalar.
     """
     if not isinstance(output, dict) or "loss" not in output:
-        raise BrokenRuleError(f"forward returned {_shown(output)} instead of a dictionary with 'loss'", _SCALAR)
+        raise BrokenRuleError(f"forward returned {without_loss(output)}", _SCALAR)
     loss = output["loss"]
     if not isinstance(loss, Tensor) or loss.dim() != 0:
         raise BrokenRuleError(f"the loss is {_shown(loss)}", _SCALAR)

@@ -15,6 +15,7 @@ from sslbench import comm
 from sslbench.config.schema import CoreOptions
 from sslbench.config.tree import Tree, merge
 from sslbench.data.loader import TrainLoader
+from sslbench.engine.firstlook import without_loss
 from sslbench.engine.optim import build_optimizer
 from sslbench.nn.sync_norm import SharedBatchNorm, share_statistics
 from sslbench.plugin.api import Backbone, Batch, Build, Method, Progress, Source
@@ -107,8 +108,10 @@ class Training:
     def gradients(self, step: int, batch: Batch) -> dict[str, Tensor]:
         """Go forward and backward; returns what the method does."""
         torch.manual_seed(derive_seed(self.trial.seed, "step", step, comm.rank()))
-        output: dict[str, Tensor] = self.method(batch)
-        loss: Any = output["loss"]
+        output: Any = self.method(batch)
+        if not isinstance(output, dict):  # a tensor would try to look up "loss"
+            raise TypeError(f"forward returned {without_loss(output)}")
+        loss = output["loss"]
         loss.backward()
         for parameter in self.method.parameters():  # as data-parallel training does
             if comm.world() > 1 and parameter.grad is not None:
