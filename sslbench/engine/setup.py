@@ -227,7 +227,7 @@ def _build_method(
         steps_per_epoch=steps_per_epoch,
         num_classes=len(dataset.info.classes) if composed.method.cls.uses_labels else None,
     )
-    with blaming((composed.method.cls, backbone.cls), "while it was built"):
+    with blaming((composed.method.cls, composed.backbone.cls), "while it was built"):
         method: Any = composed.method.cls(composed.method.cfg, build)
     if not isinstance(getattr(method, "backbone", None), Backbone):
         raise PluginError(
