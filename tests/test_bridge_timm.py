@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import shutil
 import subprocess
 import sys
 from argparse import Namespace
@@ -190,6 +191,56 @@ def test_weights_come_from_a_file_and_are_not_needed_again(tmp_path: Path) -> No
         build("test_convnext", weights=tmp_path / "a.pth")
     with pytest.raises(CheckpointError, match="there is no file"):
         build("test_resnet", weights=tmp_path / "b.pth")
+
+
+def test_the_weights_to_begin_with_are_identified_by_what_they_are(tmp_path: Path) -> None:
+    cls = Catalog().load("backbone", "timm")
+
+    def identity(**options: object) -> str | None:
+        return cls.initial_weights(cls.Config(**{"model": "test_resnet", **options}))
+
+    for name, content in (("a", b"one"), ("b", b"one"), ("c", b"two")):
+        (tmp_path / name).write_bytes(content)
+    a, b, c = (identity(weights=tmp_path / name) for name in "abc")
+    assert a == b != c
+    assert identity() is None
+    published = {identity(pretrained=True), identity(model="test_vit", pretrained=True), None, a}
+    assert len(published) == 4
+    assert identity(pretrained=True) == identity(model="test_resnet.r160_in1k", pretrained=True)
+    with pytest.raises(CheckpointError, match="there is no file"):
+        identity(weights=tmp_path / "d")
+    with pytest.raises(ConfigError, match=r"no weights 'test_resnet\.a9"):
+        identity(model="test_resnet.a9", pretrained=True)
+
+
+@pytest.mark.slow
+def test_a_run_is_known_by_its_first_weights_and_needs_them_once(tmp_path: Path) -> None:
+    def sslbench(*words: str) -> str:
+        command = [sys.executable, "-m", "sslbench", "--runs", str(tmp_path / "runs"), *words]
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
+        assert done.returncode == 0, done.stderr
+        return done.stdout
+
+    def trained(name: str) -> dict[str, str]:
+        uri = f"run.tracking_uri=sqlite:///{tmp_path}/mlflow.db"
+        quick = ["train.epochs=1", "train.limit=64", "train.batch_size=32", "probe.every=0", "run.evals=[]"]
+        what = ["--method", "simclr", "--dataset", "digits", "--backbone", "timm:test_resnet", uri]
+        mine = [f"run.name={name}", f"backbone.weights={tmp_path / name}.pth"]
+        sslbench("pretrain", *what, "method.views.0.size=32", *quick, *mine)
+        tags = json.loads(next((tmp_path / "runs").glob(f"{name}/run.json")).read_text())["tags"]
+        return {key: tags[f"sslbench.{key}"] for key in ("start", "config_hash", "group_hash")}
+
+    for file, seed in (("a.pth", 0), ("c.pth", 1)):
+        torch.manual_seed(seed)
+        torch.save(timm.create_model("test_resnet").state_dict(), tmp_path / file)
+    shutil.copy(tmp_path / "a.pth", tmp_path / "b.pth")
+    a, b, c = (trained(name) for name in "abc")
+    assert a == b
+    assert a["group_hash"] != c["group_hash"]
+    for file in tmp_path.glob("*.pth"):
+        file.unlink()
+    sslbench("pretrain", "--resume", "a")
+    sslbench("eval", "knn", "a")
 
 
 @pytest.mark.parametrize("name", ["a.pth", "a.safetensors", "a.npz"])

@@ -9,6 +9,7 @@ from __future__ import annotations
 from argparse import Namespace
 from collections import Counter
 from collections.abc import Iterator, Mapping
+from hashlib import sha256
 from itertools import product
 from math import isqrt
 from pathlib import Path
@@ -19,7 +20,8 @@ import torch
 from pydantic import Field, field_validator, model_validator
 from torch import Tensor, nn
 
-from sslbench.engine.checkpoint import load_tensors
+from sslbench.config.options import cosmetic
+from sslbench.engine.checkpoint import load_tensors, sha256_of
 from sslbench.errors import CheckpointError, ConfigError, MissingExtraError, PluginError, did_you_mean
 from sslbench.plugin.api import Backbone, Features, Options
 from sslbench.plugin.hooks import hookimpl
@@ -40,9 +42,9 @@ class TimmOptions(Options):
     pretrained: bool = False
     """Start from the weights timm publishes: from the Hugging Face cache, else from the network. Most of them saw
     ImageNet labels, which tables do not know of."""
-    weights: Path | None = None
+    weights: Path | None = cosmetic(None)
     """Start from a file of weights of this model (safetensors, or tensors saved by torch); no code in it is ever
-    executed, and a classifier in it is left out."""
+    executed, and a classifier in it is left out. Runs are told apart by its contents, wherever it lies."""
     drop_path: float = Field(0.0, ge=0, lt=1)
     """Stochastic depth (Huang et al., 2016), with timm's schedule over the depth. Also models whose default in
     timm is another have none unless this is set. What is dropped depends on the number of processes."""
@@ -86,9 +88,21 @@ class Timm(Backbone):
         super().__init__(cfg, image_size)
         network, self.input_sizes = _create(cfg, image_size)
         # Where weights came from is past when a checkpoint of this backbone is loaded.
-        self.cfg = cfg.model_copy(update={"pretrained": False, "weights": None})
+        self.cfg = self.without_weights(cfg)
         self._share_parts(network)
         self._look(image_size)
+
+    @classmethod
+    def initial_weights(cls, cfg: Options) -> str | None:
+        """Of the bytes of the file, or of where timm gets its own weights from."""
+        options = cast(TimmOptions, cfg)
+        if options.weights is not None:
+            return sha256_of(_file(options.weights))
+        return _published(options.model) if options.pretrained else None
+
+    @classmethod
+    def without_weights(cls, cfg: Options) -> Options:
+        return cfg.model_copy(update={"pretrained": False, "weights": None})
 
     def _share_parts(self, network: Any) -> None:
         """Take over timm's modules under timm's names, which a submodule would put a prefix before.
@@ -246,13 +260,29 @@ def _check_name(timm: ModuleType, model: str) -> None:
 def _start(cfg: TimmOptions) -> dict[str, Any]:
     if cfg.weights is None:
         return {"pretrained": cfg.pretrained}
-    path = cfg.weights.expanduser()
-    if not path.is_file():
-        raise CheckpointError(f"backbone.weights: there is no file {path}", hint="backbone.weights=FILE")
+    path = _file(cfg.weights)
     # Arrays of the models' authors, which numpy reads without running anything; timm's reader of other files may.
     arrays = path.suffix == ".npz"
     overlay = {"file": str(path)} if arrays else {"state_dict": _tensors(path)}
     return {"pretrained": True, "pretrained_cfg_overlay": {**overlay, "custom_load": arrays}}
+
+
+def _file(weights: Path) -> Path:
+    path = weights.expanduser()
+    if not path.is_file():
+        raise CheckpointError(f"backbone.weights: there is no file {path}", hint="backbone.weights=FILE")
+    return path
+
+
+def _published(model: str) -> str | None:
+    """Identifies the weights that timm publishes for a model; those of a name without tag are its choice."""
+    timm = _timm()
+    _check_name(timm, model)
+    known = timm.models.get_pretrained_cfg(model)
+    if known is None:
+        return None  # building it says so
+    places = (model.partition(".")[0], known.tag, known.hf_hub_id, known.hf_hub_filename, known.url)
+    return sha256(repr(places).encode()).hexdigest()
 
 
 def _tensors(path: Path) -> dict[str, Tensor]:

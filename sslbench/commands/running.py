@@ -103,7 +103,9 @@ def pretrain(
     with joined_world(runs[0][0].core.train, peer_timeout) as reports:
         for composed, resumed in runs:
             console = Console(quiet=not reports)
-            begun = resumed or run_of_launch(session.runs, composed.hash(), composed.core.run.name, initial)
+            begun = resumed or run_of_launch(
+                session.runs, composed.hash(), composed.core.run.name, initial, composed.backbone
+            )
             outcome = run_pretraining(
                 composed, session.catalog, session.runs, console, resume=begun, init_from=initial
             )

@@ -263,7 +263,7 @@ def load_backbone(path: Path, catalog: Catalog) -> tuple[Backbone, CheckpointMet
     _verify(path, meta.sha256, [BACKBONE])
     cls = catalog.load("backbone", meta.backbone.name)
     cfg: Options = validate_section(cls.Config, meta.backbone.options, "backbone", str(path / META))
-    backbone: Backbone = cls(cfg, meta.backbone.image_size)
+    backbone: Backbone = cls(cls.without_weights(cfg), meta.backbone.image_size)
     weights = load_tensors(path / BACKBONE)
     try:
         backbone.load_state_dict(weights)

@@ -207,6 +207,11 @@ def _backbones(composed: Composed, side: int, start: Start | None) -> Callable[[
     return make
 
 
+def initial_weights(selection: Selection, start: Start | None) -> str:
+    """What identifies the weights that a run begins with; empty if it draws them."""
+    return start.sha256 if start else selection.cls.initial_weights(selection.cfg) or ""
+
+
 def compile_backbones(method: nn.Module, backend: str = "inductor") -> None:
     """Compile each backbone in place, which leaves state-dict keys alone."""
     for module in method.modules():

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import shlex
 import time
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 
@@ -23,7 +23,7 @@ from sslbench.engine.observe import Extensions, RunObserver, took_part
 from sslbench.engine.optim import build_optimizer
 from sslbench.engine.precision import loss_scaler
 from sslbench.engine.schedule import peak_lr
-from sslbench.engine.setup import Parts, Start, build_parts, prepare_torch, shards_parameters
+from sslbench.engine.setup import Parts, Start, build_parts, initial_weights, prepare_torch, shards_parameters
 from sslbench.engine.stopping import StopSignal, stopped_by, stopping_at_once
 from sslbench.engine.trained import Trained
 from sslbench.errors import (
@@ -84,14 +84,16 @@ def pretrain(
         _check_same_config(composed, resume)
     with stopping_at_once("training had not begun", "give the same command again"):
         start = _read_start(init_from, catalog, console) if init_from else None
-        if resume is not None:
-            _check_same_start(start, resume)
-        parts = build_parts(composed, console.info, start)
+        restored = resume is not None and comm.on_first_rank(partial(_has_checkpoint, resume))
+        initial = "" if restored else initial_weights(composed.backbone, start)
+        if resume is not None and not restored:
+            _check_same_start(initial, resume)
+        parts = build_parts(_drawn(composed) if restored or start else composed, console.info, start)
         if resume is not None:
             _warn_of_other_arithmetic(parts, resume, console)
         observers = catalog.extensions()
         plugins = took_part(composed, catalog, observers) if comm.rank() == 0 else []
-        tracker = _open_tracker(composed, parts, root, console, resume, start.sha256 if start else "", plugins)
+        tracker = _open_tracker(composed, parts, root, console, resume, initial, plugins)
     if comm.rank() == 0:
         console.info(_introduction(composed, parts, tracker))
     stop = StopSignal()
@@ -259,14 +261,23 @@ def _check_same_config(composed: Composed, run_dir: Path) -> None:
         )
 
 
-def _check_same_start(start: Start | None, run_dir: Path) -> None:
-    """Without a checkpoint, a run that began with the weights of another one needs them again."""
-    before = RunRecord.load(run_dir).tags.get("sslbench.start", "")
-    if not checkpoint.list_checkpoints(run_dir) and before != (start.sha256 if start else ""):
-        name = RunRecord.load(run_dir).name
+def _has_checkpoint(run_dir: Path) -> bool:
+    return bool(checkpoint.list_checkpoints(run_dir))
+
+
+def _drawn(composed: Composed) -> Composed:
+    """The same to build from, with a backbone that reads no weights, since all of them follow."""
+    chosen = composed.backbone
+    return replace(composed, backbone=replace(chosen, cfg=chosen.cls.without_weights(chosen.cfg)))
+
+
+def _check_same_start(initial: str, run_dir: Path) -> None:
+    """Without a checkpoint, a run that began with weights of another one or of a file needs them again."""
+    record = RunRecord.load(run_dir)
+    if record.tags.get("sslbench.start", "") != initial:
         raise ConfigError(
-            f"--resume {name}: it has no checkpoint yet and did not begin with these weights",
-            hint="give the same --init-from as when it began, or none if there was none",
+            f"--resume {record.name}: it has no checkpoint yet and did not begin with these weights",
+            hint="give the same --init-from (or file of weights) as when it began, or none if there was none",
         )
 
 

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from sslbench import comm
+from sslbench.config.compose import Selection
 from sslbench.engine.checkpoint import start_of
 from sslbench.engine.runs import pretrained_runs
 from sslbench.launch.environment import LAUNCH, RESTARTS, tasks_of_step
@@ -32,17 +33,21 @@ def launch_id(environ: Mapping[str, str] = os.environ) -> str | None:
     return None
 
 
-def run_of_launch(root: Path, config_hash: str, name: str | None, init_from: Path | None) -> Path | None:
+def run_of_launch(
+    root: Path, config_hash: str, name: str | None, init_from: Path | None, backbone: Selection | None = None
+) -> Path | None:
     """The run that an earlier start of this launch has begun with the same options, equal on all ranks.
 
     Args:
         name: what the user calls the run, if anything.
         init_from: the run whose weights it starts from.
+        backbone: which may begin with weights of its own.
     """
     identity = launch_id()
     if identity is None:
         return None
-    asked = Asked(identity, config_hash, name, start_of(init_from) if init_from else "")
+    own = backbone.cls.initial_weights(backbone.cfg) if backbone and not init_from else None
+    asked = Asked(identity, config_hash, name, start_of(init_from) if init_from else own or "")
     found = _find(root, asked, os.environ) if comm.rank() == 0 else None
     path: Path | None = comm.broadcast_object(found)
     return path

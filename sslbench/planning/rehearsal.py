@@ -117,9 +117,9 @@ def _as_plugin_error(subject: Subject) -> Iterator[None]:
 
 
 def _build(subject: Subject) -> Method:
-    composed = subject.composed
+    composed, backbone = subject.composed, subject.composed.backbone
     build = Build(
-        make_backbone=lambda: composed.backbone.cls(composed.backbone.cfg, subject.side),
+        make_backbone=lambda: backbone.cls(backbone.cls.without_weights(backbone.cfg), subject.side),
         global_batch=subject.batch,
         num_images=subject.images,
         steps=subject.steps,

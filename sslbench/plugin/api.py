@@ -166,6 +166,24 @@ class Backbone(nn.Module, ABC):
     def forward(self, images: Tensor) -> Features:
         """``[B,3,H,W]`` to :class:`Features`."""
 
+    @classmethod
+    def initial_weights(cls, cfg: Options) -> str | None:
+        """A digest of the weights that a backbone of these options begins with; None: it draws them.
+
+        Runs that begin with different weights are never averaged. The option that names a file of them should be
+        cosmetic, so that the file may lie anywhere.
+
+        Raises:
+            CheckpointError: they are not to be had.
+        """
+        return None
+
+    @classmethod
+    def without_weights(cls, cfg: Options) -> Options:
+        """Options of the same backbone that draws its weights: it is built with them where those of a checkpoint
+        follow, so that nothing is read which may be gone by then."""
+        return cfg
+
     def segments(self) -> list[nn.Module]:
         """The parts in which activations are computed again and parameters are sharded, in order.
 
