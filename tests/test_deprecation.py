@@ -24,6 +24,7 @@ from sslbench.config.schema import TrainOptions
 from sslbench.config.tree import parse_overrides
 from sslbench.config.validate import validate_section
 from sslbench.deprecation import Renamed, former_names, former_parameters, tell_user
+from sslbench.engine.importing import plan_import
 from sslbench.errors import ConfigError, PluginError
 from sslbench.plugin.catalog import Catalog
 
@@ -227,6 +228,27 @@ def test_a_value_behind_an_old_name_reaches_the_plugin() -> None:
     assert Catalog().choose("backbone", "oldb:b") == ("newb", {"size": "b"})
     tree = composed("method.name=simclr", "backbone.name=ssl-nets:oldb:b").tree
     assert tree["backbone"] == {"name": "ssl-nets:newb", "size": "b", "width": 4}
+
+
+@pytest.mark.usefixtures("nets")
+def test_an_import_knows_old_names_of_plugins_and_options(caplog: pytest.LogCaptureFixture) -> None:
+    config = {"backbone": {"name": "newb", "width": 8}, "dataset": {"name": "digits"}}
+    registry = Registry(version=1, recipes={"r": Recipe(summary="s", source="s", config=config)})
+    for items, recipe, width, size in [
+        (("backbone.name=newb", "backbone.wide=6"), None, 6, "a"),
+        (("backbone.name=oldb:b", "backbone.wide=6"), None, 6, "b"),
+        (("backbone.name=oldb",), "r", 8, "a"),
+        (("backbone.wide=6",), "r", 6, "a"),
+    ]:
+        plan = plan_import(Catalog(), registry, Path("w.pth"), items, recipe=recipe)
+        assert plan.backbone_name == "newb"
+        assert plan.sections["backbone"] == {"name": "newb", "size": size, "width": width}
+    told = "the option 'backbone.wide' is now 'backbone.width'; the old name will be gone in ssl-nets 2.0"
+    assert f"{told}   [command line]" in caplog.messages
+    with pytest.raises(ConfigError, match=r"'backbone\.wide' and 'backbone\.width' are one option"):
+        plan_import(
+            Catalog(), registry, Path("w.pth"), ("backbone.name=newb", "backbone.wide=6", "backbone.width=6")
+        )
 
 
 def test_an_old_name_takes_none_from_a_plugin_that_has_it(nets: Path) -> None:

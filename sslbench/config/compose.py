@@ -117,7 +117,7 @@ def compose(catalog: Catalog, registry: Registry, *, recipe: str | None, layers:
         given += [Layer(f"recipe {name}", part.config) for name, part in registry.recipe_chain(recipe)]
     given += layers
     given = [Layer(origin, with_current_plugins(values, PLUGIN_SECTIONS, catalog)) for origin, values in given]
-    names = {kind: catalog.split(kind, _chosen_name(given, kind))[0] for kind in PLUGIN_SECTIONS}
+    names = {kind: catalog.split(kind, _required_name(given, kind))[0] for kind in PLUGIN_SECTIONS}
     classes = {kind: catalog.load(kind, name) for kind, name in names.items()}
     given = [spelled_out(layer, names, catalog) for layer in given]
     base = [
@@ -126,7 +126,7 @@ def compose(catalog: Catalog, registry: Registry, *, recipe: str | None, layers:
     ]
     tree: Tree = {}
     origins: dict[str, str] = {}
-    for layer in [*base, *_without_other_plugins(given, classes)]:
+    for layer in [*base, *without_other_plugins(given, classes)]:
         merge(tree, _current(_current_evals(layer, catalog), classes), layer.origin, origins)
     composed = _Validator(catalog, classes, tree, origins, recipe).run()
     return replace(composed, registries=registry.sources_of(recipe))
@@ -228,6 +228,24 @@ class _Validator:
         return "nothing set it"
 
 
+def merged(
+    layers: Sequence[Layer], classes: Mapping[Kind, type[Any]], catalog: Catalog
+) -> tuple[Tree, dict[str, str]]:
+    """Layers over each other, lowest first, under the current names of their options.
+
+    Args:
+        layers: with current names of plugins, spelled out.
+
+    Returns:
+        The values, and the origin of each by its dotted key.
+    """
+    tree: Tree = {}
+    origins: dict[str, str] = {}
+    for layer in layers:
+        merge(tree, _current(_current_evals(layer, catalog), classes), layer.origin, origins)
+    return tree, origins
+
+
 def _current(layer: Layer, classes: Mapping[Kind, type[Any]]) -> Tree:
     """A layer's values under the current names of its options; those of evaluations are left as they are."""
     models: dict[str, Any] = {kind: cls.Config for kind, cls in classes.items()}
@@ -275,12 +293,20 @@ def _cosmetic_fields(model: BaseModel) -> list[str]:
     ]
 
 
-def _chosen_name(layers: Sequence[Layer], section: Kind) -> str:
+def chosen_name(layers: Sequence[Layer], section: Kind) -> str | None:
+    """The plugin that the highest layer with one names; None: no layer does."""
     for layer in reversed(layers):
         values = layer.values.get(section)
         if isinstance(values, dict) and values.get("name"):
             return str(values["name"])
-    raise ConfigProblems([Problem(f"{section}.name", f"required; pass --{section} NAME", "nothing set it")])
+    return None
+
+
+def _required_name(layers: Sequence[Layer], section: Kind) -> str:
+    name = chosen_name(layers, section)
+    if name is None:
+        raise ConfigProblems([Problem(f"{section}.name", f"required; pass --{section} NAME", "nothing set it")])
+    return name
 
 
 def _digest(values: Mapping[str, Any]) -> str:
@@ -313,7 +339,7 @@ def spelled_out(layer: Layer, names: Mapping[Kind, str], catalog: Catalog) -> La
     return Layer(layer.origin, values)
 
 
-def _without_other_plugins(layers: Sequence[Layer], classes: Mapping[Kind, type[Any]]) -> list[Layer]:
+def without_other_plugins(layers: Sequence[Layer], classes: Mapping[Kind, type[Any]]) -> list[Layer]:
     """Drop options that a layer meant for a plugin which a higher layer replaced by another."""
     kept = [Layer(layer.origin, dict(layer.values)) for layer in layers]
     for kind, cls in classes.items():

@@ -9,11 +9,20 @@ from pathlib import Path
 from typing import Any
 
 from sslbench import __version__
-from sslbench.config.compose import PLUGIN_SECTIONS, Layer, labelled, spelled_out
+from sslbench.config.compose import (
+    PLUGIN_SECTIONS,
+    Layer,
+    chosen_name,
+    labelled,
+    merged,
+    spelled_out,
+    without_other_plugins,
+)
 from sslbench.config.options import Options
 from sslbench.config.registry import Registry
+from sslbench.config.renaming import with_current_plugins
 from sslbench.config.schema import DataOptions, RunOptions, TrainOptions
-from sslbench.config.tree import Tree, merge, parse_overrides, plain
+from sslbench.config.tree import Tree, parse_overrides, plain
 from sslbench.config.validate import ConfigProblems, Problem, check
 from sslbench.engine import checkpoint, foreign
 from sslbench.engine.checkpoint import BackboneMeta, CheckpointMeta
@@ -34,7 +43,8 @@ IMAGENET_MEAN: Color = (0.485, 0.456, 0.406)
 IMAGENET_STD: Color = (0.229, 0.224, 0.225)
 UNKNOWN = "unknown"
 _CORE: Mapping[str, type[Options]] = {"run": RunOptions, "train": TrainOptions, "data": DataOptions}
-_SECTIONS = ("backbone", "dataset", *_CORE, "evals")
+_KINDS: tuple[Kind, ...] = ("backbone", "dataset")
+_SECTIONS = (*_KINDS, *_CORE, "evals")
 
 
 @dataclass(frozen=True)
@@ -135,17 +145,19 @@ def plan_import(
 def _merged(catalog: Catalog, registry: Registry, recipe: str | None, given: Tree) -> Tree:
     """The sections that matter here, of the recipe and of the command line."""
     chain = registry.recipe_chain(recipe) if recipe else []
-    tree: Tree = {}
-    for origin, values in [*((name, part.config) for name, part in chain), ("command line", given)]:
-        for kind in ("backbone", "dataset"):  # options of a plugin that is replaced here are not for the other
-            if values.get(kind, {}).get("name") not in (None, tree.get(kind, {}).get("name")):
-                tree.pop(kind, None)
-        recognised = {key: value for key, value in values.items() if key in _SECTIONS or values is given}
-        merge(tree, recognised, origin, {})
-    kinds: tuple[Kind, ...] = ("backbone", "dataset")
-    named = {kind: str(tree[kind]["name"]) for kind in kinds if tree.get(kind, {}).get("name")}
-    names = {kind: catalog.split(kind, text)[0] for kind, text in named.items()}
-    return dict(spelled_out(Layer("recipe or command line", tree), names, catalog).values)
+    layers = [
+        Layer(f"recipe {name}", {key: value for key, value in part.config.items() if key in _SECTIONS})
+        for name, part in chain
+    ]
+    layers = [
+        Layer(origin, with_current_plugins(values, _KINDS, catalog))
+        for origin, values in [*layers, Layer("command line", given)]
+    ]
+    texts = {kind: text for kind in _KINDS if (text := chosen_name(layers, kind))}
+    names = {kind: catalog.split(kind, text)[0] for kind, text in texts.items()}
+    classes = {kind: catalog.load(kind, name) for kind, name in names.items()}
+    layers = [spelled_out(layer, names, catalog) for layer in layers]
+    return merged(without_other_plugins(layers, classes), classes, catalog)[0]
 
 
 def _validated(catalog: Catalog, tree: Tree, recipe: str | None) -> dict[str, Any]:
@@ -159,7 +171,7 @@ def _validated(catalog: Catalog, tree: Tree, recipe: str | None) -> dict[str, An
     models: dict[str, tuple[type[Options], Any]] = {
         key: (model, tree.get(key, {})) for key, model in _CORE.items()
     }
-    for kind in ("backbone", "dataset"):
+    for kind in _KINDS:
         values = dict(tree.get(kind, {}))
         name = values.pop("name", None)
         if name is not None:
