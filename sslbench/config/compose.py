@@ -124,10 +124,7 @@ def compose(catalog: Catalog, registry: Registry, *, recipe: str | None, layers:
         Layer(DEFAULT, _default_tree(names, classes)),
         Layer(f"method {names['method']}", dict(classes["method"].defaults)),
     ]
-    tree: Tree = {}
-    origins: dict[str, str] = {}
-    for layer in [*base, *without_other_plugins(given, classes)]:
-        merge(tree, _current(_current_evals(layer, catalog), classes), layer.origin, origins)
+    tree, origins = merged([*base, *without_other_plugins(given, classes)], classes, catalog)
     composed = _Validator(catalog, classes, tree, origins, recipe).run()
     return replace(composed, registries=registry.sources_of(recipe))
 
