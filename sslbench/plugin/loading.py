@@ -8,6 +8,7 @@ import importlib.util
 import re
 import sys
 from collections.abc import Iterable
+from contextlib import redirect_stdout
 from functools import cache
 from pathlib import Path
 from types import ModuleType
@@ -41,7 +42,8 @@ def import_file(path: Path) -> ModuleType:
     module = importlib.util.module_from_spec(spec)
     sys.modules[name] = module
     try:
-        spec.loader.exec_module(module)
+        with redirect_stdout(sys.stderr):  # what a plugin prints is no part of --json
+            spec.loader.exec_module(module)
     except FAILURES as error:
         del sys.modules[name]
         raise PluginError(f"plugin file {path} cannot be imported: {cause(error)}") from error
@@ -68,7 +70,8 @@ def import_registered(entry: Registered, what: str) -> ModuleType:
 
 def _import_installed(entry: Registered, what: str) -> ModuleType:
     try:
-        return importlib.import_module(entry.module)
+        with redirect_stdout(sys.stderr):
+            return importlib.import_module(entry.module)
     except MissingExtraError:
         raise
     except FAILURES as error:
