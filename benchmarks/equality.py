@@ -27,11 +27,13 @@ from sslbench.testing.trial import QUANTITIES
 _SMALL = {"hidden": 16, "out_dim": 8}
 _CLUSTERS = {**_SMALL, "prototypes": (6, 5, 4)}
 _MOCO = {**_SMALL, "knn_weight": 0.4, "knn_topk": 3}
+#: Correlations of so few rows bend within a usual step, which makes differences of its rounding errors.
+_SHORT_STEPS = {"optim": {"lr": 1e-4}}
 _ONE_GROUP = {"train": {"sync_bn": True}}
 
 #: Every method that trains, small, and those settings of it that meet other collectives.
 METHODS = (
-    Checked("barlow", _SMALL),
+    Checked("barlow", _SMALL, _SHORT_STEPS),
     Checked("byol", _SMALL),
     Checked("deepcluster", {"clusters": 5}),
     Checked("deepcluster_v2", _CLUSTERS),

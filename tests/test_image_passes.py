@@ -87,6 +87,7 @@ class _Recorder(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
+        self.backbone = nn.Identity()
         self.weight = nn.Parameter(torch.zeros(()))
         self.started: list[tuple[int, int, float]] = []
 

@@ -69,7 +69,9 @@ class View:
 
     def last_step(self) -> int:
         """The last one with a complete line."""
-        return max((json.loads(line)["step"] for line in self.journal() if line.endswith("}")), default=0)
+        file = (self.run_dir() or self.path) / "metrics.jsonl"
+        whole_lines = file.read_text().splitlines(keepends=True) if file.exists() else []
+        return max((json.loads(line)["step"] for line in whole_lines if line.endswith("\n")), default=0)
 
     def size(self, name: str) -> int:
         file = self.path / name
