@@ -83,7 +83,7 @@ def test_listing_survives_a_broken_plugin_and_loading_it_names_the_line(site: Pa
 def test_a_syntax_error_is_a_plugin_error(site: Path) -> None:
     install(site, "ssl-syntax", "syntax_a", "def (:\n", {"syn": "syntax_a"})
     assert Catalog().find("method", "syn").summary == "(its source cannot be read)"
-    with pytest.raises(PluginError, match="SyntaxError"):
+    with pytest.raises(PluginError, match=r"SyntaxError: invalid syntax \(syntax_a\.py, line 1\)$"):
         Catalog().load("method", "syn")
 
 
@@ -94,6 +94,8 @@ def test_two_packages_with_one_name_are_an_error_naming_both(site: Path) -> None
         Catalog().load("method", "same")
     assert "ssl-one:same or ssl-two:same" in str(caught.value.hint)
     assert Catalog().load("method", "ssl-two:same").__module__ == "two_a"
+    assert Catalog().load("method", "SSL_two:same").__module__ == "two_a", "names of packages, as pip reads them"
+    assert Catalog().choose("method", "SSL_two:same") == ("ssl-two:same", {}), "runs of one method compare as one"
     blocked = Catalog.from_options(["no:ssl-one"])
     assert blocked.find("method", "same").distribution == "ssl-two"
 
@@ -101,7 +103,7 @@ def test_two_packages_with_one_name_are_an_error_naming_both(site: Path) -> None
 def test_a_misspelt_hook_is_refused(site: Path) -> None:
     source = METHOD.format(name="typo").replace("sslbench_methods", "sslbench_method")
     install(site, "ssl-typo", "typo_a", source, {"typo": "typo_a"})
-    with pytest.raises(PluginError, match="does not fit the hooks"):
+    with pytest.raises(PluginError, match=r"does not fit the hooks.*did you mean 'sslbench_methods'"):
         Catalog().load("method", "typo")
 
 
@@ -150,6 +152,7 @@ def test_a_broken_local_file_names_its_line(tmp_path: Path) -> None:
         ("return Mine", r"sslbench_methods must return a list of classes, not <class .*Mine'>"),
         ("return 3", "sslbench_methods must return a list of classes, not 3"),
         ("return [Mine.mine]", r"failed in sslbench_methods: AttributeError: .*mine.* \(bad\.py, line 7\)"),
+        ("pass", "sslbench_methods must return a list of classes, not None"),
         ("import sys; sys.exit(2)", "failed in sslbench_methods: SystemExit: 2"),
         ("return [Method]", "sslbench_methods offers <class .*Method'>, which has no name"),
     ],
@@ -172,9 +175,54 @@ def test_an_installed_plugin_whose_hook_is_wrong_is_named(site: Path) -> None:
         Catalog().load("method", "alone")
 
 
+@pytest.mark.parametrize(
+    ("source", "told"),
+    [
+        ("", "offers nothing: it has no hook"),
+        ("def sslbench_methods():\n    return []\n", "offers nothing: sslbench_methods lacks @hookimpl"),
+    ],
+)
+def test_a_local_file_that_offers_nothing_is_named(tmp_path: Path, source: str, told: str) -> None:
+    file = tmp_path / "nothing.py"
+    file.write_text(source)
+    with pytest.raises(PluginError, match=told) as caught:
+        Catalog.from_options([str(file)]).names("method")
+    assert f"plugin file {file}" in str(caught.value)
+    assert "@hookimpl before" in str(caught.value.hint)
+
+
+def test_a_local_file_of_another_api_is_not_to_be_installed(tmp_path: Path) -> None:
+    file = tmp_path / "old.py"
+    file.write_text(METHOD.format(name="old") + '\nAPI_VERSION = "0.9"\n')
+    with pytest.raises(PluginError, match=r"plugin API 0\.9") as caught:
+        Catalog.from_options([str(file)]).load("method", "old")
+    assert str(caught.value.hint).startswith(f"bring {file} to API")
+
+
+def test_a_local_file_named_twice_is_one(tmp_path: Path) -> None:
+    file = tmp_path / "one.py"
+    file.write_text(METHOD.format(name="one"))
+    assert Catalog.from_options([str(file), f"{tmp_path}/./one.py"]).load("method", "one").name == "one"
+
+
+def test_files_whose_addresses_are_equal_are_told_to_rename(tmp_path: Path) -> None:
+    for folder in ("a", "b"):
+        (tmp_path / folder).mkdir()
+        (tmp_path / folder / "same.py").write_text(METHOD.format(name="same"))
+    catalog = Catalog.from_options([str(tmp_path / "a" / "same.py"), str(tmp_path / "b" / "same.py")])
+    with pytest.raises(PluginError, match="two plugins claim the method 'same'") as caught:
+        catalog.load("method", "same")
+    assert str(caught.value.hint) == "give one of them another name = ..., or leave one out"
+
+
 def test_a_blocked_plugin_says_so() -> None:
     with pytest.raises(PluginError, match="blocked by -p no:simclr"):
         Catalog.from_options(["no:simclr"]).load("method", "simclr")
+
+
+def test_blocking_what_there_is_not_is_an_error() -> None:
+    with pytest.raises(PluginError, match=r"-p no:simcrl: no plugin and no package.*did you mean 'simclr'"):
+        Catalog.from_options(["no:simcrl"])
 
 
 def test_a_local_file_with_a_built_in_name_is_a_conflict(tmp_path: Path) -> None:

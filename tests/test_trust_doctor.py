@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 from installed_kit import install
 
-from sslbench.config.registry import Registry
-from sslbench.doctor import checks, child, machine, plugins
+from sslbench.config.registry import Registry, find_registry, load_registry
+from sslbench.doctor import checks, child, machine, plugins, recipes
 from sslbench.doctor.finding import Check
 from sslbench.doctor.plugins import Loaded, compatibility, data_roots, health, imports, load_all
 from sslbench.doctor.strays import files_without_entry_points
@@ -164,7 +164,7 @@ def test_a_damaged_registry_file_and_a_broken_file_are_findings(site: Path, work
     files = {"ssl_bad/__init__.py": "", "ssl_bad/registry.yaml": "recipes: ["}
     install(site, "ssl-bad", files, {"registries": {"own": "ssl_bad"}})
     main = Registry(version=1, defaults={"dataset": {"name": "d", "root": "r"}})
-    found, configured = checks._registries(Catalog(), lambda: main)
+    found, configured = recipes.registries(Catalog(), lambda: main, [])
     assert configured == {"d": "r"}
     levels = [(check.name, check.level) for check in found]
     assert levels == [("registry", "ok"), ("registry of ssl-bad 1.0", "warning")]
@@ -172,3 +172,33 @@ def test_a_damaged_registry_file_and_a_broken_file_are_findings(site: Path, work
     torn = checks._broken_file(workdir / "torn.py")
     assert torn is not None
     assert (torn.level, "ZeroDivisionError" in torn.detail) == ("failure", True)
+
+
+def test_published_results_that_nothing_here_measures_are_named() -> None:
+    keys = {
+        "eval/knn.v1/digits/top1": None,
+        "detection AP": None,
+        "eval/knm.v1/digits/top1": "no evaluation is named 'knm'; did you mean 'knn'?",
+        "eval/knn.v9/digits/top1": "knn has version 1 here",
+        "eval/knn.v1/digits/tpo1": "knn does not measure 'tpo1'; did you mean 'top1'?",
+        "eval/knn/top1": "not of the form",
+    }
+    references = [{"recipe": "r", "metric": key, "value": 1, "tolerance": 1, "source": "s"} for key in keys]
+    recipe = {"r": {"summary": "s", "source": "s"}}
+    main = Registry.model_validate({"version": 1, "recipes": recipe, "references": references})
+    loaded = [Loaded("eval", "knn", "sslbench:knn", "m", 0.1, {"facts": {"version": 1, "metrics": ["top1"]}})]
+    found, _ = recipes.registries(Catalog(), lambda: main, loaded)
+    told = [check.detail for check in found if check.name == "reference of r"]
+    expected = [f"{key}: {why}" for key, why in keys.items() if why]
+    assert len(told) == len(expected)
+    assert all(line.startswith(begin) for line, begin in zip(told, expected, strict=True))
+
+
+def test_every_result_of_the_registry_file_can_be_measured_here() -> None:
+    catalog = Catalog()
+    facts = {name: child._FACTS["eval"](catalog.load("eval", name)) for name in catalog.names("eval")}
+    loaded = [
+        Loaded("eval", name, f"sslbench:{name}", "m", 0.1, {"facts": known}) for name, known in facts.items()
+    ]
+    found, _ = recipes.registries(catalog, lambda: load_registry(find_registry()), loaded)
+    assert [check for check in found if check.level != "ok"] == []

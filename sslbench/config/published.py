@@ -13,7 +13,7 @@ from pathlib import Path
 
 from sslbench.config.registry import FILE_NAME, Recipe, Reference, Registry, load_registry
 from sslbench.errors import ConfigError
-from sslbench.plugin.entry import OWN, Registered
+from sslbench.plugin.entry import OWN, Registered, spelled
 
 
 @dataclass(frozen=True)
@@ -55,7 +55,7 @@ class Library(Registry):
     claims: dict[str, tuple[str, ...]]
     """A name -> origins, for names that several have."""
     addresses: dict[str, str]
-    """``distribution:name`` -> key of ``recipes``."""
+    """``distribution:name``, as addresses are compared -> key of ``recipes``."""
     sources: dict[str, Registered]
     """Origin -> the package."""
     ignored: dict[str, str]
@@ -64,7 +64,11 @@ class Library(Registry):
     @property
     def problems(self) -> list[str]:
         """Sentences about files that are not used."""
-        return [f"the recipes of {origin} are ignored: {why}" for origin, why in self.ignored.items()]
+        return [
+            f"the recipes of {origin} are ignored: {why}\n  Next: report it to the authors of "
+            f"{self.sources[origin].distribution}; -p no:{self.sources[origin].distribution} leaves them out"
+            for origin, why in self.ignored.items()
+        ]
 
     def resolve(self, name: str) -> str:
         """The key of ``recipes`` that a user means.
@@ -78,7 +82,7 @@ class Library(Registry):
                 f"several packages have a recipe '{name}': {' and '.join(self.claims[name])}",
                 hint=f"name one: {' or '.join(choices)}",
             )
-        return super().resolve(self.addresses.get(name, name))
+        return super().resolve(self.addresses.get(spelled(name), name))
 
     def sources_of(self, recipe: str | None) -> list[dict[str, str]]:
         """Identities of the packages whose registries took part in a recipe, and of those that were ignored."""
@@ -117,7 +121,7 @@ def with_packages(main: Registry, packages: Sequence[Registered]) -> Library:
 
 
 def _addresses(parts: Sequence[_Part], claims: Mapping[str, object]) -> dict[str, str]:
-    return {f"{p.distribution}:{name}": p.key(name, claims) for p in parts for name in p.registry.recipes}
+    return {spelled(f"{p.distribution}:{name}"): p.key(name, claims) for p in parts for name in p.registry.recipes}
 
 
 def _read(package: Registered) -> Registry:

@@ -162,7 +162,7 @@ def _summary(cls: Any) -> str:
 
 
 def _eval(cls: Any) -> Answer:
-    return {"version": int(cls.version)}
+    return {"version": int(cls.version), "metrics": sorted(cls.metrics)}
 
 
 _FACTS: dict[str, Callable[[Any], Answer]] = {

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import inspect
 import os
-from collections.abc import Iterable, Sequence, Set
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -28,8 +28,9 @@ from sslbench.plugin.entry import (
     Registered,
     entry_points,
     registered,
+    spelled,
 )
-from sslbench.plugin.loading import import_file, import_registered, offered
+from sslbench.plugin.loading import check_has_hooks, import_file, import_registered, offered
 
 if TYPE_CHECKING:
     from sslbench.plugin.extensions import Extension
@@ -82,7 +83,24 @@ class Catalog:
                 blocked.add(value.removeprefix("no:"))
             else:
                 local.append(_existing_file(value))
-        return cls(tuple(local), frozenset(blocked))
+        catalog = cls(tuple(dict.fromkeys(local)), frozenset(blocked))
+        catalog.check_blocked()
+        return catalog
+
+    def check_blocked(self) -> None:
+        """See that what shall be kept out is known: a slip of the pen would let it in.
+
+        Raises:
+            PluginError: nothing has one of the names.
+        """
+        known = self.everything() if self.blocked else []
+        for word in sorted(self.blocked):
+            if not any(entry.is_among([word]) for entry in known):
+                guess = did_you_mean(word, {name for e in known for name in (e.name, e.distribution)})
+                raise PluginError(
+                    f"-p no:{word}: no plugin and no package has this name{guess}",
+                    hint="sslbench list   shows all of them",
+                )
 
     def entries(self, kind: Kind) -> list[Entry]:
         """Every plugin of a kind that may be loaded, by name."""
@@ -98,7 +116,7 @@ class Catalog:
             PluginError: nothing or more than one plugin has this name.
         """
         name = self.current_name(kind, name)
-        wanted = [e for e in self.entries(kind) if name in (e.name, e.address)]
+        wanted = [e for e in self.entries(kind) if _answers(e, name)]
         if not wanted:
             raise self._unknown(kind, name)
         if len(wanted) > 1:
@@ -154,12 +172,12 @@ class Catalog:
         if _parted(text, known):
             return text
         name, value = found
-        claims = [entry for entry in former if name in (entry.name, entry.address)]
+        claims = [entry for entry in former if _answers(entry, name)]
         if len(claims) > 1:
             raise _claimed(f"several plugins had the {kind} name '{name}'", claims)
         current = _current(claims[0])
         address = f"{claims[0].distribution}:{current}"
-        renamed = address if name != claims[0].name and address in known else current
+        renamed = address if name != claims[0].name and spelled(address) in known else current
         return renamed if value is None else f"{renamed}:{value}"
 
     def load(self, kind: Kind, name: str) -> type[Any]:
@@ -211,7 +229,7 @@ class Catalog:
         return not entry.is_among(self.allowed)
 
     def _unknown(self, kind: Kind, name: str) -> PluginError:
-        hidden = [e for e in self._known(kind) if name in (e.name, e.address)]
+        hidden = [e for e in self._known(kind) if _answers(e, name)]
         for word in sorted(self.blocked):
             if any(entry.is_among([word]) for entry in hidden):
                 return PluginError(f"the {kind} '{name}' is blocked by -p no:{word}", hint=f"drop -p no:{word}")
@@ -226,22 +244,34 @@ class Catalog:
         )
 
 
-def _words(entries: Iterable[Entry]) -> set[str]:
-    """Names and addresses."""
-    return {word for entry in entries for word in (entry.name, entry.address)}
+def _answers(entry: Entry, name: str) -> bool:
+    """Whether this is its name or its address."""
+    return name == entry.name or spelled(name) == spelled(entry.address)
 
 
-def _parted(text: str, words: Set[str]) -> tuple[str, str | None] | None:
+def _words(entries: Iterable[Entry]) -> dict[str, str]:
+    """Names and addresses, by the form in which they are compared."""
+    return {spelled(word): word for entry in entries for word in (entry.name, entry.address)}
+
+
+def _parted(text: str, words: Mapping[str, str]) -> tuple[str, str | None] | None:
     """The longest of the words that a text begins with, and the value behind it; None: it begins with none."""
     parts = text.split(":")
-    heads = (":".join(parts[:count]) for count in range(len(parts), 0, -1))
-    head = next((head for head in heads if head in words), None)
-    return None if head is None else (head, None if head == text else text[len(head) + 1 :])
+    for count in range(len(parts), 0, -1):
+        head = ":".join(parts[:count])
+        if spelled(head) in words:
+            return words[spelled(head)], None if head == text else text[len(head) + 1 :]
+    return None
 
 
 def _claimed(problem: str, entries: Sequence[Entry]) -> PluginError:
     owners = " and ".join(f"{e.owner} ({e.module})" for e in entries)
-    return PluginError(f"{problem}: {owners}", hint=f"name one: {' or '.join(e.address for e in entries)}")
+    addresses = dict.fromkeys(spelled(e.address) for e in entries)
+    if len(addresses) == len(entries):
+        advice = f"name one: {' or '.join(e.address for e in entries)}"
+    else:  # files of the same name, or classes of one file
+        advice = "give one of them another name = ..., or leave one out"
+    return PluginError(f"{problem}: {owners}", hint=advice)
 
 
 def _current(entry: Entry) -> str:
@@ -255,8 +285,9 @@ def _current(entry: Entry) -> str:
 
 
 def _local_entries(kind: Kind, path: Path) -> list[Entry]:
-    hook = f"sslbench_{kind}s"
-    classes = offered(import_file(path), hook, str(path), f"plugin file {path}")
+    hook, module = f"sslbench_{kind}s", import_file(path)
+    check_has_hooks(module, path)
+    classes = offered(module, hook, str(path), f"plugin file {path}")
     for cls in classes:
         if not isinstance(getattr(cls, "name", None), str):
             raise PluginError(

@@ -70,7 +70,7 @@ class Registered:
 
     def is_among(self, words: Iterable[str]) -> bool:
         """Whether one of the words is its name, its distribution, or both as ``distribution:name``."""
-        own = (normalized(self.distribution), f"{normalized(self.distribution)}:{self.name}")
+        own = (normalized(self.distribution), spelled(self.address))
         return any(word == self.name or _normalized_address(word) in own for word in words)
 
 
@@ -160,6 +160,11 @@ def found(top: str) -> ModuleSpec | None:
 def normalized(distribution: str) -> str:
     """The form in which names of distributions are compared (``My_SSL.pkg`` is ``my-ssl-pkg``)."""
     return re.sub(r"[-_.]+", "-", distribution).lower()
+
+
+def spelled(word: str) -> str:
+    """A name as it is; an address (``distribution:name``) in the form in which addresses are compared."""
+    return _normalized_address(word) if ":" in word else word
 
 
 def _normalized_address(word: str) -> str:

@@ -15,7 +15,7 @@ from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 from sslbench import API_VERSION
-from sslbench.errors import MissingExtraError, PluginError
+from sslbench.errors import MissingExtraError, PluginError, did_you_mean
 from sslbench.plugin.entry import Registered
 
 if TYPE_CHECKING:
@@ -23,6 +23,8 @@ if TYPE_CHECKING:
 
 #: ``sys.exit`` at import must not end the command either.
 FAILURES = (Exception, SystemExit)
+_PREFIX = "sslbench_"
+"""Of every hook."""
 
 
 @cache
@@ -92,11 +94,18 @@ def _check_api_version(wanted: str, entry: Registered, what: str) -> None:
     wants = (int(numbers[1]), int(numbers[2]))
     major, minor = map(int, API_VERSION.split("."))
     if wants[0] != major or wants[1] > minor:
-        newer = "sslbench" if wants > (major, minor) else entry.distribution
         raise PluginError(
             f"{what} of {entry.distribution} was written for plugin API {wanted}; this sslbench has {API_VERSION}",
-            hint=f"pip install --upgrade {newer}",
+            hint=_way_to_fit(entry, is_newer=wants > (major, minor)),
         )
+
+
+def _way_to_fit(entry: Registered, *, is_newer: bool) -> str:
+    if is_newer:
+        return "pip install --upgrade sslbench"
+    if entry.is_local:
+        return f'bring {entry.path} to API {API_VERSION}, then let it say API_VERSION = "{API_VERSION}"'
+    return f"pip install --upgrade {entry.distribution}"
 
 
 def _stated_version(path: Path | None) -> str:
@@ -113,13 +122,18 @@ def _stated_version(path: Path | None) -> str:
 
 def cause(error: BaseException) -> str:
     """The error and the line it was raised at, without the machinery's frames."""
-    where = ""
+    return f"{type(error).__name__}: {error}{_place(error)}"
+
+
+def _place(error: BaseException) -> str:
+    if isinstance(error, SyntaxError) and error.lineno:
+        return ""  # its words name file and line; it was raised where that file is read
     frame = error.__traceback__
     while frame is not None and frame.tb_next is not None:
         frame = frame.tb_next
-    if frame is not None:
-        where = f" ({Path(frame.tb_frame.f_code.co_filename).name}, line {frame.tb_lineno})"
-    return f"{type(error).__name__}: {error}{where}"
+    if frame is None:
+        return ""
+    return f" ({Path(frame.tb_frame.f_code.co_filename).name}, line {frame.tb_lineno})"
 
 
 def manager_of(module: ModuleType, name: str, owner: str) -> pluggy.PluginManager:
@@ -144,9 +158,31 @@ def manager_of(module: ModuleType, name: str, owner: str) -> pluggy.PluginManage
         manager.register(module, name=name)
         manager.check_pending()
     except pluggy.PluginValidationError as error:
-        known = ", ".join(sorted(hook for hook in dir(hooks) if hook.startswith("sslbench_")))
-        raise PluginError(f"{owner} does not fit the hooks: {error}", hint=f"known hooks: {known}") from error
+        known = sorted(hook for hook in dir(hooks) if hook.startswith(_PREFIX))
+        unknown = re.search(r"unknown hook '(\w+)'", str(error))
+        guess = did_you_mean(unknown[1], known) if unknown else ""
+        raise PluginError(
+            f"{owner} does not fit the hooks: {error}{guess}", hint=f"known hooks: {', '.join(known)}"
+        ) from error
     return manager
+
+
+def check_has_hooks(module: ModuleType, path: Path) -> None:
+    """A file that somebody has named must take part in something.
+
+    Raises:
+        PluginError: no function of it is a hook.
+    """
+    manager = manager_of(module, str(path), f"plugin file {path}")
+    if any(manager.get_hookcallers(plugin) for plugin in manager.get_plugins()):
+        return
+    unmarked = [name for name in vars(module) if name.startswith(_PREFIX)]
+    why = f"{', '.join(unmarked)} lacks @hookimpl" if unmarked else "it has no hook"
+    raise PluginError(
+        f"plugin file {path} offers nothing: {why}",
+        hint="from sslbench.plugin.hooks import hookimpl; then put @hookimpl before "
+        f"{'it' if unmarked else 'def sslbench_methods(): return [YourMethod]'}",
+    )
 
 
 def offered(module: ModuleType, hook: str, name: str, owner: str) -> list[Any]:
@@ -158,6 +194,7 @@ def offered(module: ModuleType, hook: str, name: str, owner: str) -> list[Any]:
     calls = getattr(manager_of(module, name, owner).hook, hook)
     try:
         results = [list(result) if isinstance(result, Iterable) else result for result in calls()]
+        results += [None] * (len(calls.get_hookimpls()) - len(results))  # which pluggy leaves out
     except PluginError:
         raise
     except FAILURES as error:

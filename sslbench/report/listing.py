@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from sslbench.plugin.catalog import Catalog, Kind
+from sslbench.plugin.entry import OWN
 from sslbench.terminal import is_terminal
 from sslbench.untrusted import printable
 
@@ -41,7 +42,7 @@ def list_plugins(catalog: Catalog, kinds: Sequence[Kind], as_json: bool) -> None
 
 
 def list_recipes(registry: Registry, as_json: bool) -> None:
-    """Recipes with where their values come from."""
+    """Recipes; in JSON with where their values come from, for which a line has no room."""
     rows = {
         name: recipe.model_dump(include={"summary", "source", "extends"}) | {"origin": recipe.origin}
         for name, recipe in registry.recipes.items()
@@ -49,8 +50,13 @@ def list_recipes(registry: Registry, as_json: bool) -> None:
     if as_json:
         print_json([{"name": name, **row} for name, row in rows.items()])
         return
-    cells = [(name, row["summary"], row["source"], row["origin"]) for name, row in rows.items()]
-    print_table("recipes", ("name", "what it is", "source", "from"), cells)
+    cells = [(name, row["summary"], row["origin"]) for name, row in rows.items()]
+    # Where all are of one origin, a column of it says nothing.
+    columns = 3 if any(row["origin"] != OWN for row in rows.values()) else 2
+    header = ("name", "what it is", "from")[:columns]
+    print_table(
+        "recipes (values and source of one: sslbench info recipe NAME)", header, [c[:columns] for c in cells]
+    )
 
 
 def list_runs(root: Path, as_json: bool) -> None:

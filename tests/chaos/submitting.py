@@ -8,6 +8,7 @@ import random
 import signal
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 from chaos.children import LIMIT_S, NOWHERE, promise, typed
@@ -34,6 +35,7 @@ class Job:
     def reach_the_limit(self) -> None:
         """What submitit does some time before a job's limit."""
         before = self.tasks()
+        promise(bool(before), "submitit has not started the job yet")
         for task in before:
             os.kill(task, signal.SIGUSR2)
         self.wait_for(lambda: bool(self.tasks()) and not set(before) & set(self.tasks()), "was not started again")
@@ -61,21 +63,23 @@ def at_the_limit(folder: Path, rng: random.Random) -> int:
     """One or two time limits at any step."""
     expected, view, lost = whole(), View(folder), 0
     job = submitted(f"{RUN} run.tracking_uri={NOWHERE}", folder)
-    for number in sorted(rng.sample(range(STEPS - 4), rng.choice([1, 2]))):
+    for number in sorted(rng.sample(range(1, STEPS - 4), rng.choice([1, 2]))):
         job.wait_for(lambda number=number: view.last_step() >= number, f"did not reach step {number}")  # type: ignore[misc]
         reached = view.last_step()
         resumed = job.said.count("Resuming after step")
         job.reach_the_limit()
-        job.wait_for(
-            lambda resumed=resumed: job.said.count("Resuming after step") > resumed or view.status() == "FINISHED",  # type: ignore[misc]
-            "did not resume",
-        )
+        job.wait_for(partial(went_on, job, view, resumed), "did not resume")
         lost = max(lost, reached - resumed_after(job.said[job.said.rfind("Resuming after step") :]))
     job.wait_for(lambda: not job.tasks(), "did not end")
     promise(view.status() == "FINISHED", f"the run is {view.status()}\n{job.said[-2000:]}")
     expect_same(view.the_run(), expected)
     promise(len(list(folder.glob("runs/killed*"))) == 1, "there is a second run")
     return max(lost, 0)
+
+
+def went_on(job: Job, view: View, resumed: int) -> bool:
+    """Whether a job has resumed more often than before, or had nothing left to do."""
+    return job.said.count("Resuming after step") > resumed or view.status_or("") == "FINISHED"
 
 
 def before_the_first_step(folder: Path, rng: random.Random) -> int:
