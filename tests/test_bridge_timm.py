@@ -193,6 +193,22 @@ def test_weights_come_from_a_file_and_are_not_needed_again(tmp_path: Path) -> No
         build("test_resnet", weights=tmp_path / "b.pth")
 
 
+def test_weights_that_leave_a_part_to_chance_are_refused(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    whole = timm.create_model("test_vit").state_dict()
+    torch.save({"foo": torch.zeros(3)}, tmp_path / "other.pth")
+    part = {key: value for key, value in whole.items() if not key.startswith("blocks.0.norm1.")}
+    torch.save(part, tmp_path / "part.pth")
+    with pytest.raises(CheckpointError, match=r"other\.pth lacks (\d+) of \1 entries of timm's test_vit"):
+        build("test_vit", weights=tmp_path / "other.pth")
+    with pytest.raises(
+        CheckpointError, match=r"lacks 2 of \d+ .*\(blocks\.0\.norm1\.weight, blocks\.0\.norm1\.bias\)"
+    ):
+        build("test_vit", weights=tmp_path / "part.pth")
+    torch.save(whole, tmp_path / "whole.pth")
+    build("test_vit", weights=tmp_path / "whole.pth", arguments={"global_pool": "avg"})
+    assert "the weights lack 2 of" in caplog.text, "of a norm that only this pooling has"
+
+
 def test_the_weights_to_begin_with_are_identified_by_what_they_are(tmp_path: Path) -> None:
     cls = Catalog().load("backbone", "timm")
 

@@ -6,9 +6,10 @@ weights have licences of their own.
 
 from __future__ import annotations
 
+import logging
 from argparse import Namespace
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from hashlib import sha256
 from itertools import product
 from math import isqrt
@@ -23,13 +24,16 @@ from torch import Tensor, nn
 from sslbench.config.options import cosmetic
 from sslbench.engine.checkpoint import load_tensors, sha256_of
 from sslbench.errors import CheckpointError, ConfigError, MissingExtraError, PluginError, did_you_mean
+from sslbench.nn.gaps import noting_gaps
 from sslbench.plugin.api import Backbone, Features, Options
 from sslbench.plugin.hooks import hookimpl
 
+logger = logging.getLogger(__name__)
 _TAKEN = frozenset({
     "model_name", "num_classes", "in_chans", "img_size", "drop_path_rate", "features_only", "pretrained",
     "pretrained_cfg", "pretrained_cfg_overlay", "checkpoint_path", "cache_dir", "device", "dtype",
 })  # fmt: skip
+_IMPORT = "sslbench import FILE --backbone timm:NAME   reads files of other programs"
 _ENTRIES = ("state_dict_ema", "model_ema", "state_dict", "model")
 
 
@@ -217,12 +221,14 @@ def _create(cfg: TimmOptions, side: int) -> tuple[Any, Any]:
     refused: TypeError | None = None
     for sizes, takes in _size_arguments(timm, cfg.model, side):
         try:
-            network = timm.create_model(cfg.model, **sizes, **given)
+            with noting_gaps() as missing:
+                network = timm.create_model(cfg.model, **sizes, **given)
         except TypeError as error:  # a constructor without such an argument
             refused = error
         except (OSError, RuntimeError, ValueError, AssertionError, LookupError, AttributeError) as error:
             raise _failure(cfg, side, error) from error
         else:
+            _check_complete(cfg, missing, network)
             for source in (network.pretrained_cfg, network.default_cfg):
                 source.pop("state_dict", None)  # copies of the network would copy it
             _without_drop_path(timm, network, cfg)
@@ -330,12 +336,23 @@ def _without_drop_path(timm: ModuleType, network: nn.Module, cfg: TimmOptions) -
             module.drop_prob = 0.0
 
 
+def _check_complete(cfg: TimmOptions, missing: Sequence[str], network: nn.Module) -> None:
+    """timm loads what fits. A network of other arguments may have parts that no weights know, and no other."""
+    if not missing:
+        return
+    names = f"{', '.join(missing[:3])}{', ...' if len(missing) > 3 else ''}"
+    lack = f"{len(missing)} of {len(network.state_dict())} entries of timm's {cfg.model} ({names})"
+    if cfg.weights and not cfg.arguments:
+        raise CheckpointError(f"{cfg.weights} lacks {lack}", hint=_IMPORT)
+    logger.warning("the weights lack %s: these start at random", lack)
+
+
 def _failure(cfg: TimmOptions, side: int, error: Exception) -> Exception:
     reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
     if cfg.weights:
         return CheckpointError(
             f"{cfg.weights} does not fit timm's {cfg.model}: {reason}",
-            hint="sslbench import FILE --backbone timm:NAME   reads files of other programs",
+            hint=_IMPORT,
         )
     if cfg.pretrained:
         return CheckpointError(
