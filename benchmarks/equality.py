@@ -60,9 +60,9 @@ _HEAD = """# Several processes train as one
 The largest difference of any entry of any tensor from a run of one process, over the largest entry of its tensor
 (or over a hundredth of the largest entry of all tensors of the kind, if that is more), in five steps of SGD on toy
 images: the largest over a network with batch normalisation and one without, and over batches of 8 images and of 7,
-which the processes cannot share evenly (`moco, groups`: of 8; `short steps`: lr 1e-4). `start`: parameters and buffers after the first
-`start_epoch`; gradients: of the first and of the last step; all else at the end. `ranks`: whether the processes
-agree with each other to the bit, in everything."""
+which the processes cannot share evenly (`moco, groups`: of 8; `short steps`: learning rate 1e-4). `start`:
+parameters and buffers after the first `start_epoch`; gradients: of the first and of the last step; all else at the
+end. `ranks`: whether the processes agree with each other to the bit, in everything."""
 
 
 def main() -> int:

@@ -19,6 +19,8 @@ from streaming_kit import divided, evaluate, same_bits, small_device
 from torch import Tensor
 
 from sslbench.config.schema import DataOptions
+from sslbench.data.placing import Room
+from sslbench.errors import LaunchError
 from sslbench.evaluation.features import Extractor, Preprocessing
 from sslbench.evaluation.shards import Layout, ShardedTable
 from sslbench.evaluation.tables import Asked, StoredTable, Tables
@@ -99,6 +101,24 @@ def own_folders(rank: int, world: int, folder: Path) -> None:
 def no_room(rank: int, world: int, folder: Path) -> None:
     """Rank 0 has room for all; the disk of ranks 1 and 2 takes their own shards and then nothing more."""
     join(rank, world, folder)
+    fill_up_disks(rank)
+    node = folder / ("a" if rank == 0 else "b")
+    torch.save([table(node, 500, "mmap")], folder / f"rank{rank}.pt")
+    dist.destroy_process_group()
+
+
+def no_room_at_all(rank: int, world: int, folder: Path) -> None:
+    """The same where memory has no room either: what is told on each rank."""
+    join(rank, world, folder)
+    fill_up_disks(rank)
+    Room.of = lambda _: Room(host=0)  # type: ignore[method-assign,assignment,misc]
+    try:
+        table(folder / ("a" if rank == 0 else "b"), 500, "mmap")
+    except (OSError, LaunchError) as error:
+        (folder / f"rank{rank}.txt").write_text(str(error))
+
+
+def fill_up_disks(rank: int) -> None:
     write, own = ShardedTable.write, []
 
     def full(shards: ShardedTable, number: int, rows: Tensor, missing: Iterable[int]) -> None:
@@ -108,9 +128,6 @@ def no_room(rank: int, world: int, folder: Path) -> None:
         write(shards, number, rows, missing)
 
     ShardedTable.write = full  # type: ignore[method-assign]
-    node = folder / ("a" if rank == 0 else "b")
-    torch.save([table(node, 500, "mmap")], folder / f"rank{rank}.pt")
-    dist.destroy_process_group()
 
 
 def read_only(rank: int, world: int, folder: Path) -> None:
@@ -190,3 +207,9 @@ def test_nodes_that_cannot_write_get_the_whole_table(tmp_path: Path, trouble: An
     for rank in range(3):
         for ours in torch.load(tmp_path / f"rank{rank}.pt", weights_only=True):
             torch.testing.assert_close(ours, expected, rtol=1e-5, atol=1e-6)
+
+
+def test_all_ranks_end_when_one_has_room_nowhere(tmp_path: Path) -> None:
+    mp.spawn(no_room_at_all, args=(3, tmp_path), nprocs=3)
+    told = [(tmp_path / f"rank{rank}.txt").read_text() for rank in range(3)]
+    assert all("No space left" in words for words in told), told

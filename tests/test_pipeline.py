@@ -206,3 +206,9 @@ def test_observers_are_told_and_cannot_end_a_run(cli: Cli, workdir: Path) -> Non
     assert done.stderr.count(failure) == 1
     lines = (run_dir(workdir, "seen") / "seen.txt").read_text().splitlines()
     assert lines == ["started simclr", "saved 2", "finished FINISHED"]
+    record = run_dir(workdir, "seen") / "run.json"
+    content = json.loads(record.read_text())
+    record.write_text(json.dumps({**content, "status": "RUNNING", "checkpoints": {}}))
+    cli("-p", "observer.py", "pretrain", "--resume", "seen")
+    lines = (run_dir(workdir, "seen") / "seen.txt").read_text().splitlines()
+    assert lines[3:] == ["started simclr", "saved 2", "finished FINISHED"], "as if killed before it could tell"

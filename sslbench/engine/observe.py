@@ -123,7 +123,9 @@ class RunObserver:
             return
         self.saver.make_room(done)
         kept = checkpoint.list_checkpoints(self.tracker.run_dir)
-        self.tracker.reconcile({path: checkpoint.step_of(path) for path in kept}, done)
+        steps = {path: checkpoint.step_of(path) for path in kept}
+        for path in self.tracker.reconcile(steps, done):
+            self.extensions.tell("sslbench_checkpoint_saved", path=path, step=steps[path])
 
     def settle(self) -> None:
         """Wait until every checkpoint is on disk, on all ranks: then they may look for it."""

@@ -7,6 +7,7 @@ from collections.abc import Iterable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 from enum import StrEnum
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 from uuid import uuid4
@@ -275,9 +276,15 @@ class _Build:
             source = int(have[:, number].nonzero()[0])
             rows = self._sent(number, source)
             missing = comm.broadcast_object(self.shards.footer(number) if comm.rank() == source else None, source)
-            if comm.rank() in lacking and not self._wrote(number, rows, missing):
+            wanted = comm.rank() in lacking
+            # Without room in memory either a rank raises: then all of them end.
+            if not comm.patiently(partial(self._stored, wanted, number, rows, missing)):
                 refused[number] = source
         return _merged(refused.items())
+
+    def _stored(self, wanted: bool, number: int, rows: Tensor, missing: list[int]) -> bool:
+        """Whether a shard that this rank wants, if it does, is in its folder now."""
+        return not wanted or self._wrote(number, rows, missing)
 
     def _sent(self, number: int, source: int) -> Tensor:
         if comm.rank() == source:

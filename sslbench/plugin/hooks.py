@@ -61,7 +61,7 @@ def sslbench_metrics_logged(run_dir: Path, step: int, metrics: Mapping[str, floa
 
 @hookspec
 def sslbench_checkpoint_saved(run_dir: Path, path: Path, step: int) -> None:
-    """Called on rank 0 after a checkpoint is complete on disk."""
+    """Called on rank 0 after a checkpoint is complete on disk; on resuming, where a kill came in between."""
 
 
 @hookspec

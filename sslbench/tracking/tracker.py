@@ -191,12 +191,15 @@ class Tracker:
         if self._record.checkpoints.pop(self._relative(path), None) is not None:
             self._save()
 
-    def reconcile(self, on_disk: Mapping[Path, int], done: int) -> None:
+    def reconcile(self, on_disk: Mapping[Path, int], done: int) -> list[Path]:
         """Make the record agree with the disk: a process that was killed may not have told of its last checkpoint.
 
         Args:
             on_disk: folder -> step of each complete checkpoint, oldest first.
             done: steps after which the run goes on; a later checkpoint that nobody has told of is written again.
+
+        Returns:
+            The folders that the record did not have.
         """
         known = self._record.checkpoints
         names = {self._relative(path): step for path, step in on_disk.items()}
@@ -204,6 +207,7 @@ class Tracker:
         if list(kept.items()) != list(known.items()):
             self._record.checkpoints = kept
             self._save()
+        return [path for path in on_disk if self._relative(path) in kept.keys() - known.keys()]
 
     def rewind(self, step: int) -> None:
         """Drop metrics beyond a step: a resumed run writes them again, and the store does not get them twice."""
