@@ -7,12 +7,13 @@
 executor    views of each image by Pillow and torchvision  against  views of whole batches
 precision   train.precision=fp32                           against  bf16
 colors      data.colors=exact                              against  fused
+world       one process                                    against  two that share each batch
 control     views with their colour operations             against  crops and flips only; must show a difference
 
 Both ways of a comparison see the same images in the same order through the same loop and evaluations; seeds
 decide initial weights, order and views. Results are written to OUT.json after each run, and what is there is not
 run again: give the same command after an interruption, and other comparisons with the same OUT, which share runs.
-OUT.md gets the tables. One thread per run.
+OUT.md gets the tables. One thread per process.
 """
 
 from __future__ import annotations
@@ -52,6 +53,8 @@ class Way:
     options: tuple[str, ...] = ()
     reference: bool = False
     """Whether views are made by the reference executor."""
+    devices: int = 1
+    """Processes that share the batch."""
 
 
 HAS_COLORS = "colors" in DataOptions.model_fields
@@ -62,12 +65,14 @@ WAYS = {
     "fast": Way("views in batches, fp32", (*FP32, *EXACT)),
     "bf16": Way("views in batches, bf16", ("train.precision=bf16", *EXACT)),
     "fused": Way("views in batches with fused colours, fp32", (*FP32, "data.colors=fused")),
+    "two": Way("views in batches by two processes, fp32", (*FP32, *EXACT), devices=2),
     "crops": Way("views in batches without colour operations, fp32", (*FP32, *EXACT, "method.views=[{count: 2}]")),
 }
 COMPARISONS = {
     "executor": ("reference", "fast"),
     "precision": ("fast", "bf16"),
     "colors": ("fast", "fused"),
+    "world": ("fast", "two"),
     "control": ("fast", "crops"),
 }
 
@@ -149,16 +154,8 @@ def pretrain(run: Run, images: Path, arguments: argparse.Namespace) -> dict[str,
     way = WAYS[run.way]
     program = [str(REFERENCE_VIEWS)] if way.reference else ["-m", "sslbench"]
     command = [
-        *(
-            sys.executable,
-            *program,
-            "pretrain",
-            "--json",
-            "--method",
-            run.method,
-            "--backbone",
-            arguments.backbone,
-        ),
+        *(sys.executable, *program, "pretrain", "--json", *(("--devices", str(way.devices)) * (way.devices > 1))),
+        *("--method", run.method, "--backbone", arguments.backbone),
         *("--dataset", "folder", f"dataset.root={images}", f"data.workers={arguments.workers}"),
         *(f"train.epochs={arguments.epochs}", f"run.seed={run.seed}", "run.evals=[linear,test]"),
         *("probe.every=0", "checkpoint.every=0", *arguments.set, *way.options),

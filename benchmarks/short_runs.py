@@ -22,7 +22,8 @@ from typing import Any
 
 METHODS = (
     *("random", "simclr", "byol", "scrl", "moco", "swav", "deepcluster_v2", "sela_v2"),
-    *("relationnet", "rotationnet", "deepinfomax", "deepcluster", "dino", "supervised"),
+    *("relationnet", "rotationnet", "deepinfomax", "deepcluster", "supervised"),
+    *("barlow", "vicreg", "simsiam", "nnclr", "dino"),
 )
 COLUMNS = ("method", "images", "loss first", "loss last", "images/s", "linear test", "linear val", "knn val")
 

@@ -39,7 +39,9 @@ def git_commit(folder: Path) -> dict[str, Any] | None:
 
 
 def _git(folder: Path, *words: str) -> str:
-    done = subprocess.run(["git", *words], cwd=folder, capture_output=True, text=True, timeout=10, check=True)
+    safe = ("-c", "core.fsmonitor=false")  # a program that the repository's settings name
+    command = ["git", *safe, *words]
+    done = subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=10, check=True)
     return done.stdout.strip()
 
 
