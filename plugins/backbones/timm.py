@@ -56,6 +56,17 @@ class TimmOptions(Options):
     """Further arguments of timm's constructor, such as `{patch_size: 4}` for a vision transformer on small
     images or `{global_pool: avg}`."""
 
+    @field_validator("model")
+    @classmethod
+    def _is_timms(cls, value: str) -> str:
+        try:
+            wrong = _misnomer(_timm(), value)
+        except MissingExtraError:  # building the backbone says what to install
+            return value
+        if wrong:
+            raise ValueError(wrong)
+        return value
+
     @field_validator("arguments")
     @classmethod
     def _leaves_ours_alone(cls, value: dict[str, Any]) -> dict[str, Any]:
@@ -214,7 +225,6 @@ def _drop_unused(network: nn.Module, calls: Mapping[str, int]) -> None:
 def _create(cfg: TimmOptions, side: int) -> tuple[Any, Any]:
     """The network, and whether it takes images of ``any`` size or of ``one``."""
     timm = _timm()
-    _check_name(timm, cfg.model)
     given: dict[str, Any] = {"num_classes": 0, **cfg.arguments, **_start(cfg)}
     if cfg.drop_path:
         given["drop_path_rate"] = cfg.drop_path
@@ -248,19 +258,15 @@ def _timm() -> ModuleType:
     return timm
 
 
-def _check_name(timm: ModuleType, model: str) -> None:
+def _misnomer(timm: ModuleType, model: str) -> str | None:
+    """Why a name is none of timm's."""
     name, _, tag = model.partition(".")
     if not timm.is_model(name):
-        raise ConfigError(
-            f"timm has no model '{model}'{did_you_mean(name, timm.list_models())}",
-            hint="""python -c "import timm; print(*timm.list_models(), sep='\\n')"   prints all names""",
-        )
+        return f"timm has no model '{model}'{did_you_mean(name, timm.list_models())}"
     tags = [known.partition(".")[2] for known in timm.list_models(f"{name}.*", pretrained=True)]
     if tag and tag not in tags:
-        raise ConfigError(
-            f"timm has no weights '{model}'{did_you_mean(tag, tags)}",
-            hint=f"one of: {', '.join(f'{name}.{known}' for known in tags)}" if tags else f"timm:{name}",
-        )
+        return f"timm has no weights '{model}'{did_you_mean(tag, tags)}; known: {', '.join(tags) or 'none'}"
+    return None
 
 
 def _start(cfg: TimmOptions) -> dict[str, Any]:
@@ -282,9 +288,7 @@ def _file(weights: Path) -> Path:
 
 def _published(model: str) -> str | None:
     """Identifies the weights that timm publishes for a model; those of a name without tag are its choice."""
-    timm = _timm()
-    _check_name(timm, model)
-    known = timm.models.get_pretrained_cfg(model)
+    known = _timm().models.get_pretrained_cfg(model)
     if known is None:
         return None  # building it says so
     places = (model.partition(".")[0], known.tag, known.hf_hub_id, known.hf_hub_filename, known.url)
