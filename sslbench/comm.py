@@ -9,22 +9,19 @@ gradient that becomes the gradient of that mean after averaging.
 
 from __future__ import annotations
 
-import json
-import os
-import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
-from itertools import count
 from pathlib import Path
 from typing import Any, Literal, TypeVar, cast
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed.rendezvous import rendezvous
 
-from sslbench.errors import ExitCode, LaunchError, PreemptedError
+from sslbench.meeting import Meetings, of_this_attempt
 
 #: What plugins may use; all else is for the core.
 __all__ = [
@@ -55,6 +52,8 @@ class Rehearsal:
 
 
 _rehearsal: Rehearsal | None = None
+_meetings: Meetings | None = None
+_peer_timeout = 600.0
 
 
 @contextmanager
@@ -100,7 +99,21 @@ def join(device: torch.device, timeout: float = 600.0) -> None:
         torch.cuda.set_device(device)
     # Signals and other host values travel through gloo, so that asking for them never waits for the device.
     backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
-    dist.init_process_group(backend, timeout=timedelta(seconds=timeout))
+    global _peer_timeout
+    _peer_timeout, patience = timeout, timedelta(seconds=timeout)
+    store, rank, world, *_ = next(rendezvous("env://", timeout=patience))
+    store.set_timeout(patience)
+    store = of_this_attempt(store, rank, world, timeout)
+    dist.init_process_group(backend, store=store, rank=rank, world_size=world, timeout=patience)
+
+
+def _the_meetings() -> Meetings:
+    """Those of the world there is."""
+    global _meetings
+    store = dist.distributed_c10d._get_default_store()
+    if _meetings is None or _meetings.store is not store:
+        _meetings = Meetings(store, rank(), world(), _peer_timeout)
+    return _meetings
 
 
 def is_lost_contact(error: BaseException | None) -> bool:
@@ -114,18 +127,7 @@ def is_lost_contact(error: BaseException | None) -> bool:
 
 def silent_ranks(seconds: float) -> list[int]:
     """After lost contact: the ranks that do not report within so many seconds to the store they met at."""
-    try:
-        store = dist.distributed_c10d._get_default_store()
-        store.set_timeout(timedelta(seconds=seconds))
-        store.set(f"sslbench/here/{rank()}", "")
-        silent = list(range(world()))
-        deadline = time.monotonic() + seconds
-        while silent and time.monotonic() < deadline:
-            silent = [other for other in silent if not store.check([f"sslbench/here/{other}"])]
-            time.sleep(0.1 if silent else 0.0)
-    except (RuntimeError, ValueError):
-        return [0]  # whose process has the store
-    return silent
+    return _the_meetings().silent(seconds)
 
 
 def meet(folder: Path, rank: int, world: int, timeout: float) -> None:
@@ -134,12 +136,16 @@ def meet(folder: Path, rank: int, world: int, timeout: float) -> None:
     Args:
         timeout: seconds after which a process that does not answer counts as gone.
     """
-    place, patience = f"file://{folder.resolve()}/rendezvous", timedelta(seconds=timeout)
+    global _peer_timeout
+    _peer_timeout, patience = timeout, timedelta(seconds=timeout)
+    place = f"file://{folder.resolve()}/rendezvous"
     dist.init_process_group("gloo", init_method=place, rank=rank, world_size=world, timeout=patience)
 
 
 def leave() -> None:
     """Leave the world; each process is then one of its own."""
+    global _meetings
+    _meetings = None
     _groups.clear()
     dist.destroy_process_group()
 
@@ -313,9 +319,6 @@ def barrier() -> None:
         dist.barrier()
 
 
-_POLL_S = 0.2
-_STOPPED = (ExitCode.PREEMPTED, ExitCode.INTERRUPTED)
-_meetings = count()
 _T = TypeVar("_T")
 
 
@@ -325,28 +328,19 @@ def patiently(work: Callable[[], _T]) -> _T:
     For decoding a data set, say. Ranks that are done ask from time to time whether the others are, at the place
     where they have met: in a collective they would run into its time limit.
 
+    A rank that is not heard of while it works, for as long as a collective would wait for it, counts as gone.
+
     Raises:
         LaunchError: the work has failed on another rank.
         PreemptedError: another rank was asked to stop.
+        DistStoreError: another rank is gone; see :func:`is_lost_contact`.
     """
     if world() == 1 or _rehearsal is not None:
         return work()
-    store = dist.distributed_c10d._get_default_store()
-    start = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")  # the store may outlive the processes
-    meeting = f"sslbench/meeting/{start}/{next(_meetings)}"
-    keys = [f"{meeting}/{other}" for other in range(world())]
-    try:
+    meeting = _the_meetings().next()
+    with meeting.working():
         result = work()
-    except Exception as error:
-        code = getattr(error, "exit_code", ExitCode.UNEXPECTED)
-        store.set(keys[rank()], json.dumps([code, str(error)]))
-        raise
-    store.set(keys[rank()], json.dumps([ExitCode.OK, ""]))
-    left = dict(enumerate(keys))
-    while left:
-        for other in [other for other, key in left.items() if store.check([key])]:
-            _check(json.loads(store.get(left.pop(other))), other)
-        time.sleep(_POLL_S if left else 0.0)
+    meeting.wait()
     return result
 
 
@@ -358,17 +352,6 @@ def on_first_rank(work: Callable[[], _T]) -> _T:
     """
     result = patiently(lambda: work() if rank() == 0 else None)
     return cast(_T, broadcast_object(result))
-
-
-def _check(said: tuple[int, str], other: int) -> None:
-    """Raise what another rank's work has ended with."""
-    code, text = said
-    if code in _STOPPED:
-        raise PreemptedError(f"rank {other} was stopped: {text}", hint="give the same command again")
-    if code != ExitCode.OK:
-        error = LaunchError(f"rank {other} has failed: {text}", hint="its own message says more")
-        error.exit_code = ExitCode(code)
-        raise error
 
 
 def begin_sum(value: Tensor) -> Callable[[], Tensor]:

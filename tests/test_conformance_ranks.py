@@ -284,7 +284,7 @@ def test_methods_that_other_processes_cannot_find_are_refused(tmp_path: Path) ->
     with pytest.raises(PluginError, match="inside a function"):
         PluginReference.of("method", Inside)
     (tmp_path / "none.py").write_text('"""Nothing."""')
-    with pytest.raises(PluginError, match=r"none\.py offers 0 methods"):
+    with pytest.raises(PluginError, match=r"none\.py offers nothing: it has no hook"):
         PluginReference.of("method", tmp_path / "none.py")
 
 
