@@ -105,6 +105,18 @@ class PreemptedError(SslbenchError):
     title = "Preempted"
 
 
+class StopNow(BaseException):
+    """A signal during work that has no state to save. No handler of errors may keep it: it is none.
+
+    It becomes the :class:`PreemptedError` that it carries where the work ends.
+    """
+
+    def __init__(self, error: PreemptedError) -> None:
+        super().__init__(error.message)
+        self.error = error
+        self.exit_code = error.exit_code
+
+
 #: What the operating system says when it does not let us write, and what to do about it.
 _WRITE_FAILURES = {
     errno.ENOSPC: "the disk is full",

@@ -151,7 +151,7 @@ class Meeting:
         Thread(target=self._beat, args=(ended,), name="sslbench-beat", daemon=True).start()
         try:
             yield
-        except Exception as error:
+        except BaseException as error:
             self._say(getattr(error, "exit_code", ExitCode.UNEXPECTED), str(error))
             raise
         else:

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from sslbench import comm
-from sslbench.errors import ExitCode, PreemptedError
+from sslbench.errors import ExitCode, PreemptedError, StopNow
 
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
 
@@ -35,6 +35,12 @@ class StopSignal:
         if self.received == signal.SIGINT == number:
             raise KeyboardInterrupt  # a second Ctrl-C does not wait for the step to end
         self.received = number
+
+    def agreed_at_the_end(self) -> bool:
+        """Whether any rank was asked to stop by now, after the last step; all ranks get the same answer."""
+        if self._asked is not None:
+            self._asked()
+        return bool(comm.all_max(torch.tensor(float(self.received is not None))))
 
     def agreed(self) -> bool:
         """Whether any rank was asked to stop; all ranks get the same answer at the same call.
@@ -62,13 +68,20 @@ def stopped_by(number: int | None, message: str, hint: str) -> PreemptedError:
 
 @contextmanager
 def stopping_at_once(message: str, hint: str) -> Iterator[None]:
-    """For work that has no state to save: a signal raises :class:`~sslbench.errors.PreemptedError` where it is."""
+    """For work that has no state to save: a signal ends it where it is.
+
+    Raises:
+        PreemptedError: there was one; inside it is a :class:`~sslbench.errors.StopNow`.
+    """
 
     def stop(number: int, frame: FrameType | None) -> None:
-        raise stopped_by(number, message, hint)
+        raise StopNow(stopped_by(number, message, hint))
 
-    with _handling(stop):
-        yield
+    try:
+        with _handling(stop):
+            yield
+    except StopNow as stopped:
+        raise stopped.error from None
 
 
 @contextmanager

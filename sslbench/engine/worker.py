@@ -98,16 +98,19 @@ def pretrain(
         console.info(_introduction(composed, parts, tracker))
     stop = StopSignal()
     extensions = Extensions(observers, tracker, console)
-    try:
-        with tracker.closing(), stop.listening():
-            steps = _train(composed, catalog, parts, tracker, console, stop, extensions, resume)
-    finally:
-        extensions.tell("sslbench_run_finished", status=RunRecord.load(tracker.run_dir).status)
-    outcome = Outcome(tracker.run_dir, tracker.run_id, tracker.name, steps, time.monotonic() - started)
     again = f"sslbench pretrain --resume {shlex.quote(tracker.name)}{launch_words()}"
     rest = f"{again}   runs the evaluations that are left"
-    with stopping_at_once("the model and finished evaluations are kept", rest):
-        _evaluate(composed, catalog, parts, outcome, console)
+    with stop.listening():
+        try:
+            with tracker.closing():
+                steps = _train(composed, catalog, parts, tracker, console, stop, extensions, resume)
+        finally:
+            extensions.tell("sslbench_run_finished", status=RunRecord.load(tracker.run_dir).status)
+        if stop.agreed_at_the_end():
+            raise stopped_by(stop.received, "training is complete, the model is kept", rest)
+        outcome = Outcome(tracker.run_dir, tracker.run_id, tracker.name, steps, time.monotonic() - started)
+        with stopping_at_once("the model and finished evaluations are kept", rest):
+            _evaluate(composed, catalog, parts, outcome, console)
     return outcome
 
 

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from sslbench.engine.records import Kind
-from sslbench.errors import ExitCode, PreemptedError
+from sslbench.errors import ExitCode, PreemptedError, StopNow
 from sslbench.tracking.address import resolve_tracking_uri
 from sslbench.tracking.clock import now
 from sslbench.tracking.environment import command_line, git_commit, user_name
@@ -248,9 +248,10 @@ class Tracker:
         try:
             yield
         except BaseException as error:
-            stopped = isinstance(error, KeyboardInterrupt | PreemptedError)
+            stopped = isinstance(error, KeyboardInterrupt | PreemptedError | StopNow)
             with suppress(OSError):  # the error itself says that the disk is full
-                self.finish("KILLED" if stopped else "FAILED", _error_record(error))
+                known = error.error if isinstance(error, StopNow) else error
+                self.finish("KILLED" if stopped else "FAILED", _error_record(known))
             error.add_note(f"details: {self.run_dir / 'error.json'}")
             raise
         self.finish("FINISHED")

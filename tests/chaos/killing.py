@@ -199,6 +199,23 @@ def _asked_to_stop(folder: Path, rng: random.Random, number: signal.Signals) -> 
     raise BrokenPromiseError(f"the run was over {ATTEMPTS} times")
 
 
+def stopped_late(folder: Path, rng: random.Random) -> int:
+    """Ask a run to stop after its last step, or in its first evaluation: the rest can be had by resuming."""
+    expected, view = whole(), View(folder)
+    child = Child(f"{RUN} run.tracking_uri={NOWHERE}", folder)
+    promise(child.wait_for(lambda: view.last_step() >= STEPS), "it ended before")
+    time.sleep(rng.uniform(0, 0.3))
+    child.send(signal.SIGTERM)
+    said = child.end(75)
+    promise(any(f"stopped by SIGTERM; {words}" in said for words in _LATE), said[-1000:])
+    promise(view.status() == "FINISHED", f"its status is {view.status()}")
+    promise(len(list(folder.glob(_RESULTS))) < 2, "all evaluations are there")
+    typed(RESUME, folder)
+    expect_same(view.the_run(), expected)
+    return 0
+
+
+_LATE = ("training is complete, the model is kept", "the model and finished evaluations are kept")
 PLUGIN = Path(__file__).with_name("contrast.py")
 WORLDS = (
     f"-p {PLUGIN} pretrain --method contrast --backbone plain --dataset digits train.batch_size=64 train.epochs=1 "
@@ -274,5 +291,6 @@ FAULTS = [
     Fault("SIGKILL on 2 ranks, resume on 1", trials(moved(2, 1), CLOSE), 4),
     Fault("SIGTERM", trials(stopped(signal.SIGTERM), f"exit 75; {BITS}"), 5),
     Fault("SIGUSR1", trials(stopped(signal.SIGUSR1), f"exit 75; {BITS}"), 5),
+    Fault("SIGTERM after the last step", trials(stopped_late, f"exit 75; {BITS}"), 6, quick=1),
     Fault("SIGTERM to one of two ranks", trials(one_of_two_stopped, f"both exit 75; {CLOSE}"), 4),
 ]
