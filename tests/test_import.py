@@ -182,6 +182,26 @@ def test_small_networks_of_relational_reasoning(name: str, tmp_path: Path) -> No
         assert torch.equal(backbone(images).pooled, source.eval()(images).pooled)
 
 
+def test_the_demonstration_of_relational_reasoning_saves_its_conv4_alone(tmp_path: Path) -> None:
+    source, backbone = build("conv4", 32, seed=1), build("conv4", 32)
+    theirs = {key.replace("block", "layer"): value for key, value in source.state_dict().items()}
+    file = saved(theirs, tmp_path)
+    weights = read_weights(file)
+    assert weights.layout.name == "relational"
+    load_into(backbone, weights, file)
+    images = torch.rand(2, 3, 32, 32)
+    with torch.no_grad():
+        assert torch.equal(backbone(images).pooled, source(images).pooled)
+
+
+@pytest.mark.parametrize("name", ["conv4", "resnet8", "resnet18"])
+def test_our_own_networks_alone_are_plain(name: str, tmp_path: Path) -> None:
+    file = saved(build(name, 32).state_dict(), tmp_path)
+    assert read_weights(file).layout.name == "plain"
+    with pytest.raises(CheckpointError, match="no weight file of layout relational"):
+        read_weights(file, "relational")
+
+
 def test_old_files_lack_batch_counters(tmp_path: Path) -> None:
     content = {key: value for key, value in plain(network()).items() if "num_batches" not in key}
     file = saved(content, tmp_path, _use_new_zipfile_serialization=False)
@@ -286,6 +306,29 @@ def test_a_recipe_brings_backbone_and_evaluations(folder: Path) -> None:
     assert (record["params"]["backbone.name"], record["params"]["dataset.name"]) == ("conv4", "mnist5k")
     assert record["params"]["evals.linear.epochs"] == "3"
     assert outcome.image_size == 32  # the data set's
+
+
+@pytest.mark.parametrize(("recipe", "labels"), [("demo/supervised", True), ("demo/simclr", False)])
+def test_weights_of_a_supervised_recipe_are_an_upper_bound(recipe: str, labels: bool, folder: Path) -> None:
+    file = saved(Conv4(Options(), 32).state_dict(), folder)
+    outcome = bring_in(file, recipe=recipe)
+    record = json.loads((outcome.run_dir / "run.json").read_text())
+    assert record["tags"]["sslbench.uses_labels"] == str(labels).lower()
+    (path,) = outcome.run_dir.glob("checkpoints/step-*")
+    assert read_meta(path, verify=True).uses_labels is labels
+
+
+@pytest.mark.parametrize(
+    ("entry", "given", "warned"),
+    [("optimizer_finetune", False, True), ("optimizer_finetune", True, False), ("optimizer", False, False)],
+)
+def test_files_that_labels_may_have_trained_ask_for_uses_labels(
+    entry: str, given: bool, warned: bool, folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = saved({"backbone": Conv4(Options(), 32).state_dict(), entry: {}}, folder)
+    plan = plan_import(Catalog(), load_registry(find_registry()), file, ["backbone.name=conv4"], uses_labels=given)
+    import_weights(plan, Catalog(), folder / "runs", Console())
+    assert ("--uses-labels" in capsys.readouterr().err) is warned
 
 
 def test_layouts_have_a_name_of_their_own() -> None:

@@ -46,6 +46,8 @@ class Layout:
     """Top-level entries of the file that may hold the tensors, in order; the empty one is the file itself."""
     marks: tuple[str, ...] = ("*",)
     """A file has this layout if a key fits one of these."""
+    bare_marks: tuple[str, ...] = ()
+    """The tensors also lie in the file itself if a key fits one of these."""
     prefix: str = ""
     """In front of the backbone's keys."""
     renames: tuple[tuple[str, str], ...] = ()
@@ -54,6 +56,15 @@ class Layout:
     """What is no part of the backbone: its name in messages and the pattern of its keys."""
     uses_labels: bool = False
     """Whether such weights were trained with labels."""
+    doubtful_entry: str = ""
+    """A file with this top-level entry may have been trained with labels."""
+
+    def places(self) -> Iterator[tuple[str, tuple[str, ...]]]:
+        """Entries that may hold the tensors, with the marks that their keys need."""
+        for entry in self.entries:
+            yield entry, self.marks
+        if self.bare_marks:
+            yield "", self.bare_marks
 
 
 _NUMBERED_RESNET = (
@@ -79,6 +90,8 @@ LAYOUTS = (
         "relational",
         "relational reasoning and its baselines (mpatacchiola/self-supervised-relational-reasoning)",
         entries=("backbone",),
+        bare_marks=("layer[1-4].conv.weight",),  # the demonstration saves its Conv-4 alone
+        doubtful_entry="optimizer_finetune",
         renames=((r"layer(\d)\.(?=conv\.|bn\.)", r"block\1."),),
     ),
     Layout(
@@ -124,6 +137,8 @@ class Weights:
     """How many tensors of what else the file has."""
     epochs: int | None
     """How long it was trained, if the file says so."""
+    doubtful: bool = False
+    """Whether they may have been trained with labels, for all that the file says."""
 
 
 def read_weights(file: Path, layout: str = "auto") -> Weights:
@@ -135,9 +150,9 @@ def read_weights(file: Path, layout: str = "auto") -> Weights:
     content = _read(file)
     candidates = LAYOUTS if layout == "auto" else (_named(layout),)
     for candidate in candidates:
-        for entry in candidate.entries:
+        for entry, marks in candidate.places():
             tensors = _tensors(content, entry)
-            if any(fnmatchcase(key, mark) for key in tensors for mark in candidate.marks):
+            if any(fnmatchcase(key, mark) for key in tensors for mark in marks):
                 return _sort(candidate, tensors, content)
     raise CheckpointError(
         f"{file} is no weight file of layout {' or '.join(c.name for c in candidates)}; "
@@ -259,7 +274,8 @@ def _sort(layout: Layout, tensors: Mapping[str, Tensor], content: Mapping[Any, A
             ours[_rename(key.removeprefix(layout.prefix), layout.renames)] = value
     epochs = content.get("epoch")
     known = epochs if isinstance(epochs, int) and not isinstance(epochs, bool) and epochs > 0 else None
-    return Weights(layout, ours, tuple(unknown), dict(ignored), known)
+    doubtful = bool(layout.doubtful_entry) and layout.doubtful_entry in content
+    return Weights(layout, ours, tuple(unknown), dict(ignored), known, doubtful)
 
 
 def _rename(key: str, renames: Iterable[tuple[str, str]]) -> str:

@@ -44,6 +44,11 @@ IMAGENET_STD: Color = (0.229, 0.224, 0.225)
 UNKNOWN = "unknown"
 _CORE: Mapping[str, type[Options]] = {"run": RunOptions, "train": TrainOptions, "data": DataOptions}
 _KINDS: tuple[Kind, ...] = ("backbone", "dataset")
+_DOUBT = (
+    "{file} holds '{entry}', which this program writes after training with labels (its supervised network, or a "
+    "linear evaluation or fine-tuning of another); if labels trained this backbone, import it with --uses-labels, "
+    "else it is ranked as self-supervised"
+)
 _SECTIONS = (*_KINDS, *_CORE, "evals")
 
 
@@ -111,6 +116,7 @@ def plan_import(
         recipe: how the weights were trained; brings backbone, data set and evaluation options.
         image_size: side they were trained with; None: that of the data set, else 224.
         mean, std: of the images they were trained on; None: those of the data set, else ImageNet's.
+        uses_labels: whether they were trained with labels, as far as the recipe's method does not say so.
 
     Raises:
         ConfigProblems: with every problem found.
@@ -129,7 +135,7 @@ def plan_import(
     return ImportPlan(
         file=file,
         layout=layout,
-        uses_labels=uses_labels,
+        uses_labels=uses_labels or (recipe is not None and _method_uses_labels(catalog, registry, recipe)),
         recipe=recipe,
         backbone_name=name,
         backbone=catalog.load("backbone", name)(cfg, size),
@@ -158,6 +164,16 @@ def _merged(catalog: Catalog, registry: Registry, recipe: str | None, given: Tre
     classes = {kind: catalog.load(kind, name) for kind, name in names.items()}
     layers = [spelled_out(layer, names, catalog) for layer in layers]
     return merged(without_other_plugins(layers, classes), classes, catalog)[0]
+
+
+def _method_uses_labels(catalog: Catalog, registry: Registry, recipe: str) -> bool:
+    """Whether the recipe is of a supervised method."""
+    layers = [
+        Layer(f"recipe {name}", with_current_plugins(part.config, ("method",), catalog))
+        for name, part in registry.recipe_chain(recipe)
+    ]
+    text = chosen_name(layers, "method")
+    return text is not None and bool(catalog.load("method", catalog.split("method", text)[0]).uses_labels)
 
 
 def _validated(catalog: Catalog, tree: Tree, recipe: str | None) -> dict[str, Any]:
@@ -199,6 +215,8 @@ def import_weights(plan: ImportPlan, catalog: Catalog, root: Path, console: Cons
     """
     weights = foreign.read_weights(plan.file, plan.layout)
     filled = foreign.load_into(plan.backbone, weights, plan.file)
+    if weights.doubtful and not _uses_labels(plan, weights):
+        console.warn(_DOUBT.format(file=plan.file, entry=weights.layout.doubtful_entry))
     sha256 = checkpoint.sha256_of(plan.file)
     tracker = _open_tracker(plan, weights, sha256, root, console, _took_part(plan, catalog))
     label = _label(plan, weights)
