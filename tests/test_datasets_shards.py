@@ -283,6 +283,14 @@ def test_an_epoch_visits_a_few_archives_at_a_time_and_every_image_once(source, m
     assert not torch.equal(_order(_loader(source, seed=4), 4), _order(loader, 4))
 
 
+def test_an_augmented_pass_visits_archives_as_an_epoch_does(source, monkeypatch):
+    monkeypatch.setattr(loader_module, "OPEN_BLOCKS", 2)
+    order = torch.cat([batch.index for batch in _loader(source).images.augmented(0)])
+    assert sorted(order.tolist()) == list(range(60))
+    assert [len(source.blocks[part].unique()) for part in order.split(20)] == [2, 2, 2]
+    assert not torch.equal(order, _order(_loader(source), 0))
+
+
 def test_images_are_well_mixed_within_a_window(tmp_path, monkeypatch):
     monkeypatch.setattr(loader_module, "OPEN_BLOCKS", 4)
 

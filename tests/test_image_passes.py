@@ -32,6 +32,12 @@ def _loader(resident: str = "auto", **kwargs: Any) -> TrainLoader:
     return TrainLoader(source, store, views, **{"seed": 3, "global_batch": 8, "workers": 0, **kwargs})
 
 
+def _by_index(batches: list[Batch]) -> Tensor:
+    """Boxes of the first view, in the order of the images."""
+    order = torch.cat([batch.index for batch in batches]).argsort()
+    return torch.cat([batch.views[0].box for batch in batches])[order]
+
+
 @pytest.mark.parametrize("resident", ["auto", "off"])
 def test_clean_shows_every_image_once_and_unchanged(resident):
     loader = _loader(resident)
@@ -51,13 +57,33 @@ def test_clean_images_do_not_depend_on_where_pixels_live():
 def test_augmented_shows_every_image_once_in_the_methods_views():
     loader = _loader()
     first, again, other = (list(loader.images.augmented(number)) for number in (0, 0, 1))
-    assert torch.cat([batch.index for batch in first]).tolist() == list(range(COUNT))
+    assert sorted(torch.cat([batch.index for batch in first]).tolist()) == list(range(COUNT))
     assert [tuple(view.images.shape[1:]) for view in first[0].views] == [(3, 12, 12), (3, 8, 8)]
-    boxes = [torch.cat([batch.views[0].box for batch in batches]) for batches in (first, again, other)]
+    boxes = [_by_index(batches) for batches in (first, again, other)]
     assert torch.equal(boxes[0], boxes[1])
     assert not torch.equal(boxes[0], boxes[2])
-    trained = torch.cat([batch.views[0].box for batch in loader.batches(0, 3)])
-    assert not torch.equal(boxes[0][: len(trained)], trained)
+    trained = list(loader.batches(0, 3))
+    seen = torch.cat([batch.index for batch in trained])
+    assert not torch.equal(boxes[0][seen], torch.cat([batch.views[0].box for batch in trained]))
+
+
+def test_augmented_is_in_an_order_of_its_own_that_the_seed_and_the_number_decide():
+    def order(seed: int, number: int) -> list[int]:
+        return torch.cat([batch.index for batch in _loader(seed=seed).images.augmented(number)]).tolist()
+
+    trained = torch.cat([batch.index for batch in _loader().batches(0, 3)]).tolist()
+    assert order(3, 0) == order(3, 0), "a resumed run repeats the pass"
+    others = [order(3, 1), order(4, 0), list(range(COUNT)), trained]
+    assert all(order(3, 0)[: len(other)] != other for other in others)
+
+
+@pytest.mark.parametrize("world", [1, 2, 3])
+def test_augmented_batches_mix_classes_that_are_sorted(world: int):
+    """As ``ImageFolder`` lists them; in that order, batches of ten hold one or two of three classes."""
+    ranks = [list(_loader(rank=rank, world=world).images.augmented(0)) for rank in range(world)]
+    for parts in zip(*ranks, strict=True):
+        classes = torch.cat([part.index for part in parts]) // 10
+        assert len(classes.unique()) == 3, classes.tolist()
 
 
 def test_views_are_made_in_full_precision_under_autocast():

@@ -147,8 +147,14 @@ class TrainLoader:
             views: what each image is shown in.
             step: of the draws; negative, so that no training step has the same.
         """
-        batches = torch.arange(self.num_images).tensor_split(self.steps_per_epoch)
-        chunks = (self._ordered_chunk(step, positions) for positions in batches)
+        return self._whole_pass(torch.arange(self.num_images), views, step)
+
+    def shuffled(self, views: ViewExecutor, step: int) -> Iterator[Batch]:
+        """As :meth:`ordered`, in an order that is a pure function of the seed and ``step``."""
+        return self._whole_pass(self._draw_permutation(step, "pass"), views, step)
+
+    def _whole_pass(self, order: Tensor, views: ViewExecutor, step: int) -> Iterator[Batch]:
+        chunks = (self._pass_chunk(step, positions) for positions in order.tensor_split(self.steps_per_epoch))
         return self._in_full_precision(self._produce(chunks, views))
 
     def _in_full_precision(self, batches: Iterator[Batch]) -> Iterator[Batch]:
@@ -160,7 +166,7 @@ class TrainLoader:
                 return
             yield batch
 
-    def _ordered_chunk(self, step: int, positions: Tensor) -> Chunk:
+    def _pass_chunk(self, step: int, positions: Tensor) -> Chunk:
         rows = rank_share(len(positions), self._rank, self._world)
         positions = positions[rows.start : rows.stop]
         return Chunk(step, positions, self._samples[positions])
@@ -182,8 +188,8 @@ class TrainLoader:
         order = self._permutation(epoch)
         return Chunk(step, positions, self._samples[order[number * self._global_batch + positions]])
 
-    def _draw_permutation(self, epoch: int) -> Tensor:
-        generator = torch.Generator().manual_seed(derive_seed(self.seed, "epoch", epoch))
+    def _draw_permutation(self, number: int, kind: str = "epoch") -> Tensor:
+        generator = torch.Generator().manual_seed(derive_seed(self.seed, kind, number))
         order = torch.randperm(self.num_images, generator=generator)
         if self._blocks is None:
             return order
@@ -245,8 +251,8 @@ class ImagePasses:
         return 1.0 if self._loader.source.common_size() else 0.875
 
     def augmented(self, number: int) -> Iterator[Batch]:
-        """All images in the method's own views; another ``number`` gives other views."""
-        return self._loader.ordered(self._loader.views, step=-2 - number)
+        """All images in the method's own views; another ``number`` gives other views and another order."""
+        return self._loader.shuffled(self._loader.views, step=-2 - number)
 
 
 def _replacements(samples: Tensor, unreadable: set[int], total: int) -> Tensor | None:

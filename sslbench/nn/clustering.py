@@ -80,7 +80,10 @@ class Clustering(PrototypeMethod):
             self.clusters_used[head] = torch.bincount(labels).count_nonzero()
 
     def _fill_bank(self, batches: Iterable[Batch]) -> None:
-        """In train mode and view by view, as the authors do; running statistics move."""
+        """In train mode, shuffled and view by view, as the authors do; running statistics move.
+
+        Were the images in the order of their classes, batch normalisation would see a class or two at a time.
+        """
         for batch in batches:
             alone = [self.embed(replace(batch, views=(batch.views[number],))) for number in self.cfg.assign]
             self.bank.store(batch.index, torch.cat(alone), epoch=-1)

@@ -213,12 +213,12 @@ class TrainingImages(Protocol):
         ...
 
     def augmented(self, number: int) -> Iterator[Batch]:
-        """This rank's share of all images in order, each in the method's own views, in about equal batches.
+        """This rank's share of all images, shuffled, each in the method's own views, in about equal batches.
 
         All ranks get the same number of batches. :attr:`Batch.step` is negative here.
 
         Args:
-            number: another one gives other views; pass the epoch.
+            number: another one gives other views and another order; pass the epoch.
         """
         ...
 
