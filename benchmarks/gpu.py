@@ -3,7 +3,7 @@
     python benchmarks/gpu.py [--peer-python PYTHON] [--only NAME ...] [--quick]
     python benchmarks/gpu.py --device cpu --tiny        the same path without a GPU; its numbers mean nothing
 
-Takes some 7 minutes on an H100. Exit code 2: no CUDA device.
+Never run on a GPU so far. Exit code 2: no CUDA device.
 """
 
 from __future__ import annotations

@@ -211,7 +211,7 @@ def child_published(options: Sequence[str], rows: int) -> dict[str, Any]:
     return {
         "seconds_per_epoch": found.seconds * subject.steps_per_epoch,
         "needed_bytes": found.needed,
-        "pace": vars(found.pace),
+        "pace": found.pace.parts,
         "sent": found.step.exchanges.sent,  # type: ignore[union-attr]
     }
 

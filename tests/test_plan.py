@@ -15,7 +15,9 @@ from sslbench.config.tree import parse_overrides
 from sslbench.errors import ConfigError, DataError
 from sslbench.planning.devices import GB, KINDS, Device, custom, this_cpu
 from sslbench.planning.measuring import measure
-from sslbench.planning.prediction import Prediction, predict, spread
+from sslbench.planning.prediction import LIMITS, Prediction, predict, spread
+from sslbench.planning.rehearsal import rehearse
+from sslbench.planning.speed import Cores, load_of
 from sslbench.planning.subject import Subject, describe
 from sslbench.plugin.catalog import Catalog
 
@@ -66,6 +68,85 @@ def test_decoding_binds_where_the_device_is_faster_than_its_cores() -> None:
     assert few.limit == "data (decoding and views)"
     assert "data.workers" in few.advice
     assert many.images_per_second == pytest.approx(4 * few.images_per_second, rel=0.01)
+
+
+PHOTOS = replace(subject("method.views=[{count: 2, size: 64}]"), same_size=False, size=(375, 500))
+A100, CPU = KINDS["a100"], this_cpu("AVX2", 8, 64 * GB, has_bf16=False)
+SETTINGS = [
+    (PHOTOS, A100, 2, 1, Cores(1, shared=False)),
+    (PHOTOS, A100, 2, 1, Cores(4000, shared=False)),
+    (PHOTOS, replace(A100, launch=1e-9, latency=1e-9), 2, 1, Cores(4000, shared=False)),
+    (PHOTOS, replace(A100, launch=1e-9, latency=1e-9, bandwidth=1e15), 2, 1, Cores(40_000, shared=False)),
+    (subject(), replace(A100, launch=2e-5, bandwidth=8e9, latency=1e-9), 2, 1, Cores(8, shared=False)),
+    (PHOTOS, replace(A100, network=1e7), 64, 8, Cores(4000, shared=False)),
+    (PHOTOS, replace(A100, launch=1e-9, network=1e9), 64, 8, Cores(40_000, shared=False)),
+    (PHOTOS, CPU, 1, 1, Cores(8, shared=True)),
+    (PHOTOS, CPU, 1, 1, Cores(0.1, shared=True)),
+    (subject(), CPU, 1, 1, Cores(8, shared=True)),
+    (subject(), A100, 2, 1, Cores(8, shared=False)),
+    (subject(), replace(A100, launch=1e-9, bandwidth=1e8), 2, 1, Cores(8, shared=False)),
+]
+
+
+def quicker(part: str, device: Device, cores: Cores) -> tuple[Device, Cores]:
+    """With twice as much of what a part of the step needs."""
+    if part == "data":
+        return device, replace(cores, count=2 * cores.count)
+    changes: dict[str, dict[str, Any]] = {
+        "arithmetic": {"peaks": {name: 2 * peak for name, peak in device.peaks.items()}},
+        "traffic": {"bandwidth": 2 * device.bandwidth},
+        "launch": {"launch": device.launch / 2},
+        "network": {"link": 2 * device.link, "network": 2 * device.network, "latency": device.latency / 2},
+    }
+    return replace(device, **changes[part]), cores
+
+
+@pytest.mark.parametrize("setting", SETTINGS)
+@pytest.mark.parametrize("speed", [1.0, 0.3])
+def test_more_of_what_is_named_as_the_limit_makes_a_run_faster_than_more_of_anything_else(
+    setting: tuple[Subject, Device, int, int, Cores], speed: float
+) -> None:
+    planned, device, world, nodes, cores = setting
+    step = rehearse(planned, world, half=False)
+
+    def seconds(device: Device, cores: Cores) -> float:
+        return load_of(step, planned, device, nodes, cores).at_speed(speed).pace().seconds
+
+    found = load_of(step, planned, device, nodes, cores).at_speed(speed).limit()
+    after = {part: seconds(*quicker(part, device, cores)) for part in LIMITS}
+    assert after[found] < 0.99 * seconds(device, cores)
+    assert after[found] == min(after.values())
+
+
+def test_data_that_take_longer_than_all_the_rest_bind_however_little_longer() -> None:
+    step = rehearse(PHOTOS, 2, half=False)
+    one = Cores(1, shared=False)
+    rest = replace(load_of(step, PHOTOS, A100, 1, one), making=0.0).pace().seconds
+    cores = Cores(load_of(step, PHOTOS, A100, 1, one).making / (1.01 * rest), shared=False)
+    load = load_of(step, PHOTOS, A100, 1, cores)
+    assert load.pace().data == pytest.approx(0.01 * rest)
+    assert load.limit() == "data"
+    assert load.pace().share("data") == pytest.approx(1)
+    assert load_of(step, PHOTOS, A100, 1, replace(cores, count=1.03 * cores.count)).limit() != "data"
+
+
+def test_a_slower_device_waits_less_for_its_data() -> None:
+    step = rehearse(PHOTOS, 2, half=False)
+    load = load_of(step, PHOTOS, A100, 1, Cores(1, shared=False))
+    slow = load.at_speed(1e-6)
+    assert load.limit() == "data"
+    assert slow.pace().data == 0
+    assert slow.limit() != "data"
+
+
+def test_the_share_of_the_step_is_that_of_making_its_views() -> None:
+    found = predict(PHOTOS, spread(A100, 2, None), cores=1)
+    assert (found.limit, found.share) == (LIMITS["data"], pytest.approx(1))
+    shared = predict(PHOTOS, spread(CPU, 1, None), cores=1)
+    assert shared.limit == LIMITS["data"]
+    assert shared.pace is not None
+    assert shared.share == pytest.approx(shared.pace.making / shared.pace.seconds)
+    assert 0.5 < shared.share < 1
 
 
 def test_a_batch_smaller_than_the_ranks_is_a_row_of_its_own() -> None:

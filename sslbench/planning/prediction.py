@@ -8,7 +8,7 @@ from sslbench.config.schema import TrainOptions
 from sslbench.errors import ConfigError
 from sslbench.planning.devices import GB, Device
 from sslbench.planning.rehearsal import Memory, Step, rehearse
-from sslbench.planning.speed import DEFAULT_WORKERS, Cores, Pace, pace
+from sslbench.planning.speed import DEFAULT_WORKERS, Cores, Pace, load_of
 from sslbench.planning.subject import Subject
 
 _PROCESS = {"device": 3.0 * GB, "cpu": 0.8 * GB}
@@ -34,6 +34,7 @@ _ADVICE = {
     "network": "fewer devices or a larger train.batch_size; devices of one node; train.sync_bn=false if it fits",
     "data": "more data.workers with as many cores, or smaller copies of the images: data.packed_size=256",
 }
+_MADE_QUICKLY = "more devices, or fewer or smaller views"
 _HALF = "16-bit numbers (train.precision), which the device computes faster; "
 
 
@@ -74,6 +75,8 @@ class Prediction:
     images_per_second: float = 0.0
     hours: float = 0.0
     limit: str = ""
+    share: float | None = None
+    """Of a step, in which what limits it is busy; None: it is not time that limits."""
 
     @property
     def seconds(self) -> float:
@@ -119,19 +122,23 @@ def predict(subject: Subject, cluster: Cluster, cores: int, speedup: float = 1.0
     except ConfigError as error:
         return Prediction(cluster, problem=error.message, advice=error.hint or "", limit="batch")
     device = cluster.shared()
-    spent = pace(step, subject, device, cluster.nodes, _cores(subject, cluster, cores))
-    spent = spent.scaled(1 / speedup, shared=device.shares_host)
+    load = load_of(step, subject, device, cluster.nodes, _cores(subject, cluster, cores)).at_speed(speedup)
+    spent, part = load.pace(), load.limit()
     rate = subject.batch / spent.seconds
     hours = subject.steps * spent.seconds / 3600
     images = image_bytes(subject)
     on_device = images if _fits_device(images, device) else 0.0
     needed = device_bytes(step.memory, device) + on_device
     host = _host_bytes(subject, cluster, images - on_device)
-    prediction = Prediction(cluster, None, "", step, spent, needed, host, rate, hours, LIMITS[spent.limit])
+    prediction = Prediction(
+        cluster, None, "", step, spent, needed, host, rate, hours, LIMITS[part], spent.share(part)
+    )
     if needed > device.memory:
-        return replace(prediction, limit="memory capacity", advice=_memory_advice(subject, step, device, needed))
-    faster = not half and cluster.device.faster_half and spent.limit in ("arithmetic", "traffic")
-    return replace(prediction, advice=(_HALF if faster else "") + _ADVICE[spent.limit])
+        advice = _memory_advice(subject, step, device, needed)
+        return replace(prediction, limit="memory capacity", share=None, advice=advice)
+    faster = not half and cluster.device.faster_half and part in ("arithmetic", "traffic")
+    advice = _MADE_QUICKLY if part == "data" and subject.same_size else _ADVICE[part]
+    return replace(prediction, advice=(_HALF if faster else "") + advice)
 
 
 def device_bytes(memory: Memory, device: Device) -> float:

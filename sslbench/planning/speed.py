@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
 
 from sslbench.planning.counting import Operation
 from sslbench.planning.devices import Device
@@ -30,26 +31,39 @@ class Pace:
     """In operations that multiply for longer than they move bytes."""
     traffic: float
     """In operations that wait for the device's memory."""
-    launch: float
-    """What asking for operations takes beyond computing them."""
+    asking: float
+    """Of the host, to ask for all operations; the device computes beside it."""
     network: float
     """Exchanges that nothing hides."""
-    data: float
-    """Waiting for views."""
+    making: float
+    """Of the views of the next batch."""
+    shared: bool
+    """Whether they are made by the device's own cores, so after the rest and not beside it."""
+
+    @property
+    def launch(self) -> float:
+        """What asking for operations takes beyond computing them."""
+        return max(0.0, self.asking - self.arithmetic - self.traffic)
+
+    @property
+    def data(self) -> float:
+        """Waiting for views."""
+        beside = self.arithmetic + self.traffic + self.launch + self.network
+        return self.making if self.shared else max(0.0, self.making - beside)
+
+    @property
+    def parts(self) -> dict[str, float]:
+        """What the device does one after the other."""
+        return {name: float(getattr(self, name)) for name in PARTS}
 
     @property
     def seconds(self) -> float:
-        return self.arithmetic + self.traffic + self.launch + self.network + self.data
+        return sum(self.parts.values())
 
-    @property
-    def limit(self) -> str:
-        """What takes longest: the field's name."""
-        return max(vars(self), key=lambda name: float(getattr(self, name)))
-
-    def scaled(self, factor: float, *, shared: bool) -> Pace:
-        """With other seconds on the device itself; ``shared``: views are made by the same cores."""
-        device = (self.arithmetic * factor, self.traffic * factor, self.launch * factor)
-        return Pace(*device, self.network, self.data * factor if shared else self.data)
+    def share(self, part: str) -> float:
+        """Of the step, in which a part is busy, also beside others."""
+        busy = {"launch": self.asking, "data": self.making}
+        return busy.get(part, float(getattr(self, part))) / self.seconds
 
 
 @dataclass(frozen=True)
@@ -62,20 +76,64 @@ class Cores:
     """Whether the device is the same cores."""
 
 
-def pace(step: Step, subject: Subject, device: Device, nodes: int, cores: Cores) -> Pace:
-    """Seconds of one step of ``step.world`` devices on ``nodes`` nodes."""
-    computing = [_slower(operation, device) for operation in step.operations]
-    arithmetic = sum(seconds for seconds, bound in computing if bound)
-    traffic = sum(seconds for seconds, bound in computing if not bound)
-    asked = sum(1 for operation in step.operations if operation.traffic) * device.launch
-    launch = max(0.0, asked - arithmetic - traffic)
-    backward = _backward_seconds(step.operations, device) if not device.shares_host else 0.0
-    gradients = step.exchanges.seconds(device, nodes, of_gradients=True)
-    others = step.exchanges.seconds(device, nodes, of_gradients=False)
-    network = max(0.0, gradients - _HIDDEN * backward) + others
+@dataclass(frozen=True)
+class Load:
+    """What a step asks of a device and of what is around it."""
+
+    step: Step
+    device: Device
+    nodes: int
+    making: float
+    """Seconds to make the views of a batch."""
+    shared: bool
+    """Whether the device's own cores make them."""
+
+    def pace(self) -> Pace:
+        """Seconds of the step."""
+        step, device = self.step, self.device
+        computing = [_slower(operation, device) for operation in step.operations]
+        arithmetic = sum(seconds for seconds, bound in computing if bound)
+        traffic = sum(seconds for seconds, bound in computing if not bound)
+        asking = sum(1 for operation in step.operations if operation.traffic) * device.launch
+        backward = _backward_seconds(step.operations, device) if not device.shares_host else 0.0
+        gradients = step.exchanges.seconds(device, self.nodes, of_gradients=True)
+        others = step.exchanges.seconds(device, self.nodes, of_gradients=False)
+        network = max(0.0, gradients - _HIDDEN * backward) + others
+        return Pace(arithmetic, traffic, asking, network, self.making, self.shared)
+
+    def limit(self) -> str:
+        """The part of which half the time shortens the step most; none that runs beside something longer."""
+        return min(PARTS, key=lambda part: _RELIEVED[part](self).pace().seconds)
+
+    def at_speed(self, factor: float) -> Load:
+        """On a device whose own work takes another time than its numbers say."""
+        quicker = replace(self.device, practice=self.device.practice * factor, launch=self.device.launch / factor)
+        return replace(self, device=quicker, making=self.making / factor if self.shared else self.making)
+
+
+PARTS = ("arithmetic", "traffic", "launch", "network", "data")
+
+
+def _with_device(load: Load, **changes: Any) -> Load:
+    return replace(load, device=replace(load.device, **changes))
+
+
+_RELIEVED: dict[str, Callable[[Load], Load]] = {
+    "arithmetic": lambda load: _with_device(load, peaks={k: 2 * v for k, v in load.device.peaks.items()}),
+    "traffic": lambda load: _with_device(load, bandwidth=2 * load.device.bandwidth),
+    "launch": lambda load: _with_device(load, launch=load.device.launch / 2),
+    "network": lambda load: _with_device(
+        load, link=2 * load.device.link, network=2 * load.device.network, latency=load.device.latency / 2
+    ),
+    "data": lambda load: replace(load, making=load.making / 2),
+}
+"""The same step with half the time for one part."""
+
+
+def load_of(step: Step, subject: Subject, device: Device, nodes: int, cores: Cores) -> Load:
+    """One step of ``step.world`` devices on ``nodes`` nodes."""
     making = view_seconds(subject, device, cores) * step.rows
-    beside = 0.0 if cores.shared else arithmetic + traffic + launch + network
-    return Pace(arithmetic, traffic, launch, network, max(0.0, making - beside))
+    return Load(step, device, nodes, making, cores.shared)
 
 
 def view_seconds(subject: Subject, device: Device, cores: Cores) -> float:

@@ -11,7 +11,7 @@ from rich.console import Console
 from rich.table import Table
 
 from sslbench.planning.prediction import Prediction, image_bytes, uncertainty, uses_half
-from sslbench.planning.speed import view_seconds
+from sslbench.planning.speed import PARTS, view_seconds
 from sslbench.planning.subject import UNNAMED, Subject
 from sslbench.report.listing import print_json
 from sslbench.report.show import out
@@ -99,7 +99,7 @@ def _row(prediction: Prediction) -> dict[str, Any]:
         "images_per_second": prediction.images_per_second,
         "hours": prediction.hours,
         "device_hours": prediction.device_hours,
-        "seconds_per_step": {"total": prediction.pace.seconds, **asdict(prediction.pace)},
+        "seconds_per_step": {"total": prediction.pace.seconds, **prediction.pace.parts},
         "sent_bytes_per_step": step.exchanges.sent,
         "sent_bytes_by_origin": step.exchanges.sent_by_origin(),
         "collectives_per_step": step.exchanges.collectives,
@@ -156,13 +156,8 @@ def _cells(prediction: Prediction) -> list[str]:
 def _verdict(prediction: Prediction) -> str:
     if prediction.problem:
         return f"{prediction.problem}. Next: {prediction.advice}"
-    share = f", {_share(prediction):.0%} of the step" if prediction.limit != "memory capacity" else ""
+    share = "" if prediction.share is None else f", {prediction.share:.0%} of the step"
     return f"bound by {prediction.limit}{share}. To change: {prediction.advice}"
-
-
-def _share(prediction: Prediction) -> float:
-    assert prediction.pace is not None
-    return float(getattr(prediction.pace, prediction.pace.limit)) / prediction.pace.seconds
 
 
 def _confidence(plan: Plan) -> str:
@@ -195,7 +190,7 @@ def _memory_table(predictions: Sequence[Prediction]) -> Table:
 
 
 def _time_table(predictions: Sequence[Prediction]) -> Table:
-    names = ("arithmetic", "traffic", "launch", "network", "data", "seconds")
+    names = (*PARTS, "seconds")
     rows = {name: [f"{1e3 * getattr(p.pace, name):,.1f}" for p in predictions] for name in names}
     return _by_devices("ms of a step", predictions, rows)
 
