@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import random
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -14,6 +15,7 @@ from sklearn.datasets import load_sample_image
 from torch import Tensor
 from torchvision.transforms import AutoAugment
 from torchvision.transforms import v2 as T
+from torchvision.transforms.autoaugment import _apply_op
 
 from sslbench.plugin.viewspec import Blur, ViewSpec
 
@@ -47,6 +49,41 @@ def reference_crop(image: Tensor, box: Tensor, flip: bool, side: int, interpolat
     cropped = to_pil(image).crop(tuple(int(edge) for edge in box.tolist()))
     view = cropped.resize((side, side), PIL_MODES[interpolation])
     return from_pil(view.transpose(Image.Transpose.FLIP_LEFT_RIGHT) if flip else view)
+
+
+def operation_of_2021(image: Image.Image, name: str, magnitude: float) -> Image.Image:
+    """One of AutoAugment's operations by torchvision, shears as it did them before 2022."""
+    if name == "ShearX":
+        return _sheared_in_2021(image, magnitude)
+    return _apply_op(image, name, magnitude, T.InterpolationMode.NEAREST, None)
+
+
+def _sheared_in_2021(image: Image.Image, magnitude: float) -> Image.Image:
+    """An affine map about the centre whose shear is the magnitude in degrees, by Pillow's nearest neighbour."""
+    coefficients = _inverse_affine((image.width * 0.5, image.height * 0.5), [math.degrees(magnitude), 0.0])
+    return image.transform(image.size, Image.Transform.AFFINE, coefficients, Image.Resampling.NEAREST)
+
+
+def _inverse_affine(center: tuple[float, float], shear: list[float]) -> list[float]:
+    """torchvision's inverse matrix without rotation, translation and scale: C * inverse(shear) * C^-1."""
+    sx, sy = (math.radians(s) for s in shear)
+    forward = np.array([[1, -math.tan(sx)], [math.tan(-sy), 1 + math.tan(sy) * math.tan(sx)]])
+    inverse = np.linalg.inv(forward)
+    offset = np.array(center) - inverse @ np.array(center)
+    return [*inverse[0], offset[0], *inverse[1], offset[1]]
+
+
+class AutoAugmentOf2021(AutoAugment):
+    """torchvision's, with the shears of 2021."""
+
+    def forward(self, img: Image.Image) -> Image.Image:
+        number, uniform, signs = self.get_params(len(self.policies))
+        for n, (name, p, level) in enumerate(self.policies[number]):
+            magnitudes, signed = self._augmentation_space(10, (img.height, img.width))[name]
+            magnitude = float(magnitudes[level]) if level is not None else 0.0
+            if uniform[n] <= p:
+                img = operation_of_2021(img, name, -magnitude if signed and signs[n] == 0 else magnitude)
+        return img
 
 
 class ResizeBlur:
@@ -97,7 +134,7 @@ def reference_transform(spec: ViewSpec, height: int, width: int) -> T.Compose:
     assert spec.near is None, "a crop that depends on another view's is not a transform of the image alone"
     colors = _color_steps(spec)
     if spec.autoaugment:
-        either = [AutoAugment(), T.Compose(colors)]
+        either = [AutoAugmentOf2021(), T.Compose(colors)]
         colors = [T.RandomChoice(either, p=[spec.autoaugment, 1 - spec.autoaugment])]
     return T.Compose([*_crop_steps(spec, height, width), T.RandomHorizontalFlip(spec.flip), *colors])
 

@@ -1,14 +1,20 @@
-"""AutoAugment against torchvision on PIL images: every operation, every pair, and how often each is drawn."""
+"""AutoAugment against torchvision on PIL images: every operation, every pair, and how often each is drawn.
+
+Shears are compared with what torchvision did in 2021, written down here, because it has changed them since.
+"""
 
 from __future__ import annotations
+
+import math
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
-from reference import photo_tiles, to_pil
+from reference import operation_of_2021, photo_tiles, to_pil
 from scipy.stats import binomtest, chisquare
 from torchvision.transforms import autoaugment as tv
+from torchvision.transforms import functional as tvf
 from torchvision.transforms.functional import InterpolationMode
 
 from sslbench.data.autoaugment import (
@@ -49,7 +55,7 @@ def images(request):
 def apply_theirs(image: Image.Image, name: str, strength: float) -> Image.Image:
     """torchvision adds the 1 of the enhancers itself."""
     magnitude = strength - 1 if name in ENHANCERS else strength
-    return tv._apply_op(image, THEIR_NAMES[name], magnitude, InterpolationMode.NEAREST, None)
+    return operation_of_2021(image, THEIR_NAMES[name], magnitude)
 
 
 def levels(image: Image.Image) -> torch.Tensor:
@@ -73,6 +79,30 @@ def test_operations_equal_torchvisions_to_the_bit(images, name):
         assert ours.dtype == torch.uint8
         assert torch.equal(ours, expected), strength
     assert torch.equal(images, before), "the input must stay as it was"
+
+
+@pytest.mark.parametrize("magnitude", [0.3, 0.5 / 3, 0.1, -0.3])
+def test_shears_hold_the_centre_as_before_2022(images, magnitude):
+    """Two more sources: today's general affine map, and rows shifted one by one. Today's AutoAugment differs."""
+    ours = OPERATIONS["shear_x"](images, torch.full((len(images),), magnitude))
+    pictures = [to_pil(image) for image in images]
+    affine = [tvf.affine(p, 0, [0, 0], 1.0, [math.degrees(magnitude), 0.0]) for p in pictures]
+    assert torch.equal(ours, torch.stack([levels(p) for p in affine]))
+    assert torch.equal(ours, shifted_rows(images, magnitude))
+    today = [tv._apply_op(p, "ShearX", magnitude, InterpolationMode.NEAREST, None) for p in pictures]
+    assert not torch.equal(ours, torch.stack([levels(p) for p in today]))
+
+
+def shifted_rows(images: torch.Tensor, magnitude: float) -> torch.Tensor:
+    """Each row moved to the left by the tangent times the distance of its middle below the centre."""
+    side = images.shape[-1]
+    result = torch.zeros_like(images)
+    for y in range(side):
+        source = np.arange(side) + 0.5 + math.tan(magnitude) * (y + 0.5 - side / 2)
+        column = np.floor(source).astype(int)
+        inside = np.flatnonzero((column >= 0) & (column < side))
+        result[..., y, inside] = images[..., y, column[inside]]
+    return result
 
 
 def test_the_policy_is_torchvisions():

@@ -12,10 +12,10 @@ from collections.abc import Callable
 import numpy as np
 import pytest
 import torch
-from reference import from_pil, reference_view, seeded, to_pil
+from reference import AutoAugmentOf2021, from_pil, reference_view, seeded, to_pil
 from scipy.stats import binomtest, chi2_contingency, ks_2samp
 from torch import Tensor
-from torchvision.transforms import AutoAugment, ColorJitter, RandomResizedCrop
+from torchvision.transforms import ColorJitter, RandomResizedCrop
 from torchvision.transforms import functional as TF
 from torchvision.transforms import v2 as T
 from views_kit import boxes_of, colors, columns, jitter_of, read_parameters, views_of
@@ -324,7 +324,7 @@ def test_autoaugment_gives_torchvisions_images_as_often():
     """One image has some fifty possible results; both must give all of them, equally often."""
     image = torch.randint(0, 140, (3, 20, 20), dtype=torch.uint8, generator=torch.Generator().manual_seed(8))
     ours = colors(ViewSpec(autoaugment=1.0), (image / 255).expand(COUNT, -1, -1, -1), SEED)
-    transform, source = AutoAugment(), to_pil(image)
+    transform, source = AutoAugmentOf2021(), to_pil(image)
     with seeded(8):
         theirs = torch.stack([from_pil(transform(source)) for _ in range(FEWER)])
     number = outcomes((torch.cat([ours, theirs]) * 255).round().byte())

@@ -2,9 +2,12 @@
 
 An image gets one of 25 pairs of operations; each of the two applies with a probability and a magnitude of its own,
 and with a random sign where it has two directions. Policy, magnitudes and pixels are those of torchvision's
-``AutoAugment`` on PIL images (nearest neighbour, black corners, shears that hold the top row), with one exception:
-the threshold of solarisation falls from 256 to 0 in ten linear steps, as in the programs of Van Gansbeke et al.
-(arXiv 2106.05967), where newer torchvision begins at 255.
+``AutoAugment`` on PIL images (nearest neighbour, black corners), with two exceptions, both for the programs of Van
+Gansbeke et al. (arXiv 2106.05967):
+
+- the threshold of solarisation falls from 256 to 0 in ten linear steps, where newer torchvision begins at 255;
+- shears hold the centre and a magnitude m is an angle, so rows move by tan(m), as torchvision did it before 2022; since
+  then shears hold the top row and rows move by m. That theirs are the older ones is inferred from the date, June 2021.
 """
 
 from __future__ import annotations

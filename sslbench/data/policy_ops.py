@@ -113,11 +113,15 @@ def rotate(images: Tensor, degrees: Tensor) -> Tensor:
     return _transform(images, torch.stack([cos, sin, x, -sin, cos, y], dim=1))
 
 
-def shear_x(images: Tensor, slope: Tensor) -> Tensor:
-    """Shift each row to the left by ``slope`` times its distance from the top; what is uncovered becomes black."""
-    slope = slope.double()
+def shear_x(images: Tensor, angle: Tensor) -> Tensor:
+    """Shift each row to the left by tan(``angle``) times its distance below the centre; what is uncovered is black.
+
+    ``angle`` is in radians.
+    """
+    slope = angle.double().tan()
     zero, one = torch.zeros_like(slope), torch.ones_like(slope)
-    return _transform(images, torch.stack([one, slope, zero, zero, one, zero], dim=1))
+    start = -slope * (images.shape[-2] / 2)
+    return _transform(images, torch.stack([one, slope, start, zero, one, zero], dim=1))
 
 
 def _transform(images: Tensor, matrix: Tensor) -> Tensor:
