@@ -51,14 +51,14 @@ def of_this_attempt(store: Store, rank: int, world: int, timeout: float) -> Stor
 def _welcome(store: Store, attempt: str, world: int, timeout: float) -> None:
     """Answer every number, those of earlier processes as well, until each rank has got its answer."""
     left = set(range(1, world))
-    answered: set[str] = set()
+    greeted: set[str] = set()
 
     def all_came() -> bool:
         for rank in [rank for rank in left if store.check([f"sslbench/hello/{rank}"])]:
             number = store.get(f"sslbench/hello/{rank}").decode()
-            if number not in answered:
+            if number not in greeted:
                 store.set(f"sslbench/welcome/{number}", attempt)
-                answered.add(number)
+                greeted.add(number)
         left.difference_update([rank for rank in left if store.check([f"sslbench/came/{attempt}/{rank}"])])
         return not left
 
@@ -68,15 +68,19 @@ def _welcome(store: Store, attempt: str, world: int, timeout: float) -> None:
 def _await(done: Callable[[], bool], timeout: float, otherwise: Callable[[], str]) -> None:
     """Ask the store until something is done."""
     deadline, pause = time.monotonic() + timeout, 0.001
-    while not _answered(done, timeout):
+    while not answered(done, timeout):
         if time.monotonic() > deadline:
             raise DistStoreError(f"timed out: {otherwise()} within {timeout:g} s")
         time.sleep(pause)
         pause = min(2 * pause, _POLL_S)
 
 
-def _answered(ask: Callable[[], _T], seconds: float) -> _T:
-    """What a store answers. The call to one whose process hangs never returns, whatever its own time limit."""
+def answered(ask: Callable[[], _T], seconds: float) -> _T:
+    """What a store answers. The call to one whose process hangs never returns, whatever its own time limit.
+
+    Raises:
+        DistStoreError: nothing within so many seconds.
+    """
     answers: list[_T] = []
     errors: list[Exception] = []
 
@@ -122,7 +126,7 @@ class Meetings:
         """After lost contact: the ranks that do not answer a roll call within so many seconds."""
         left = list(range(self.world))
         try:
-            _answered(lambda: self._call_roll(left, seconds), seconds + _BEAT_S)
+            answered(lambda: self._call_roll(left, seconds), seconds + _BEAT_S)
         except (RuntimeError, ValueError):
             return [0]  # whose process has the store
         return left
@@ -176,10 +180,10 @@ class Meeting:
             DistStoreError: another rank is not heard of any more.
         """
         left, looked, pause = list(range(self.of.world)), 0.0, 0.001
-        while left := _answered(lambda left=left: self._at_work(left), self.of.timeout):  # type: ignore[misc]
+        while left := answered(lambda left=left: self._at_work(left), self.of.timeout):  # type: ignore[misc]
             if time.monotonic() > looked + _BEAT_S:
                 looked = time.monotonic()
-                _answered(lambda left=left: self._listen(left), self.of.timeout)  # type: ignore[misc]
+                answered(lambda left=left: self._listen(left), self.of.timeout)  # type: ignore[misc]
             time.sleep(pause)
             pause = min(2 * pause, _POLL_S)
 

@@ -6,6 +6,7 @@ import os
 import random
 import re
 import signal
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -16,6 +17,9 @@ from chaos import launching
 from chaos.children import NOWHERE, Child, typed
 from chaos.runs import View, expect_same, whole
 from faults_kit import Command, command
+
+from sslbench.launch import rendezvous
+from sslbench.launch.addresses import free_port
 
 __all__ = ["command"]
 
@@ -54,11 +58,47 @@ def sslbench_methods():
         ("--devices 2 train.device=cpu optim.lrr=1", 2, "optim.lrr"),
         ("--devices 2 --nnodes 2 train.device=cpu", 2, "Config error: --nnodes 2 needs a place"),
         ("--launch-id x", 2, "Config error: --launch-id is for several machines"),
+        ("--devices 1 --nnodes 2 --rdzv-endpoint h:70000 train.device=cpu", 2, "h:70000: not HOST:PORT"),
     ],
 )
 def test_wrong_options_start_nothing(command: Command, options: str, code: int, message: str) -> None:
     assert message in command(f"{TINY} {options}", code).err
     assert not Path("runs").exists()
+
+
+def test_a_port_of_another_program_is_named(command: Command, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One that listens and never answers."""
+    monkeypatch.setattr(rendezvous, "_ATTEMPT_S", 0.5)
+    monkeypatch.setattr(rendezvous, "_TAKEN_S", 1.0)
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        port = silent.getsockname()[1]
+        line = f"{TINY} --devices 1 --nnodes 2 --rdzv-endpoint 127.0.0.1:{port} train.device=cpu"
+        assert f"port {port} of this machine is in use by another program" in command(line, 6).err
+
+
+def test_a_machine_that_nobody_knows_is_named(command: Command) -> None:
+    where = "--rdzv-endpoint no.such.host.invalid:29400"
+    assert f"{where}: nothing here knows" in command(f"{TINY} --devices 1 --nnodes 2 {where}", 6).err
+
+
+@pytest.mark.slow
+def test_a_machine_joins_and_another_is_asked_to_stop(tmp_path: Path) -> None:
+    where = f"--nnodes 1:2 --rdzv-endpoint 127.0.0.1:{free_port()}"
+    line = f"{TINY} train.epochs=500 run.name=both --devices 1 {where}"
+    view = View(tmp_path)
+    first = Child(line, tmp_path)
+    assert first.wait_for(lambda: view.last_step() >= 5)
+    second = Child(line, tmp_path)
+    assert first.wait_for(lambda: "Resuming after step" in first.said)
+    reached = view.last_step()
+    assert first.wait_for(lambda: view.last_step() >= reached + 5)
+    second.send(signal.SIGTERM)
+    second.end(75)
+    said = first.end(75)
+    assert "Another machine has come" in said
+    assert said.count("Preempted") == 1, "at the end, not when the machine came"
+    assert "Launch error" not in said
+    assert said.count("Run both: simclr") == 2
 
 
 def test_two_devices_make_one_run(tmp_path: Path) -> None:

@@ -192,6 +192,8 @@ def test_options_that_older_versions_of_torch_lack_are_left_out() -> None:
         (LaunchRequest(devices="2", nnodes="0"), {}, "neither a number nor MIN:MAX"),
         (LaunchRequest(devices="2", nnodes="3:2"), {}, "neither a number nor MIN:MAX"),
         (LaunchRequest(rdzv_endpoint="auto"), {}, "--rdzv-endpoint is for several machines"),
+        (LaunchRequest(devices="2", rdzv_endpoint="h:1"), {}, "--rdzv-endpoint is for several machines"),
+        (LaunchRequest(devices="1", node_rank=1), {}, "--node-rank is for several machines"),
         (LaunchRequest(devices="2"), STEP, "each of 4 Slurm tasks"),
         (
             LaunchRequest(devices="2"),

@@ -22,16 +22,21 @@ def strike(number: signal.Signals) -> None:
     time.sleep(5)
 
 
+def stopped_in_work(number: signal.Signals) -> None:
+    with stopping_at_once("all is kept", "again"):
+        with suppress(Exception):
+            strike(number)
+        pytest.fail("the work went on")
+
+
 @pytest.mark.parametrize(
     ("number", "code"), [(signal.SIGTERM, ExitCode.PREEMPTED), (signal.SIGINT, ExitCode.INTERRUPTED)]
 )
 def test_a_handler_of_all_errors_does_not_keep_a_signal(number: signal.Signals, code: ExitCode) -> None:
     before = signal.getsignal(number)
     words = f"stopped by {number.name}; all is kept"
-    with pytest.raises(PreemptedError, match=words) as caught, stopping_at_once("all is kept", "again"):
-        with suppress(Exception):
-            strike(number)
-        pytest.fail("the work went on")
+    with pytest.raises(PreemptedError, match=words) as caught:
+        stopped_in_work(number)
     assert (caught.value.exit_code, caught.value.hint) == (code, "again")
     assert signal.getsignal(number) is before
 

@@ -25,7 +25,7 @@ from torch.distributed.elastic.multiprocessing import LogsDest, LogsSpecs
 
 from sslbench.engine.stopping import SIGNALS, stopped_by
 from sslbench.errors import ExitCode
-from sslbench.launch.report import read_report, report_file
+from sslbench.launch.report import read_report, regrouping_file, report_file
 from sslbench.launch.verdict import End, Verdict, judge
 
 #: How long workers may take to save after a signal before they are killed.
@@ -87,6 +87,7 @@ class Agent(LocalElasticAgent):
 
     def _start_workers(self, worker_group: WorkerGroup) -> dict[int, Any]:
         self._ends = {}
+        regrouping_file(self._folder).unlink(missing_ok=True)
         for worker in worker_group.workers:
             report_file(self._folder, worker.global_rank).unlink(missing_ok=True)
         started: dict[int, Any] = super()._start_workers(worker_group)
@@ -129,6 +130,8 @@ class Agent(LocalElasticAgent):
     def _stop_workers(self, worker_group: WorkerGroup, **options: Any) -> None:
         """Also called when machines come: workers that still train then save first."""
         if not self._failed():
+            self._say("Another machine has come: all processes save, and start again together.")
+            regrouping_file(self._folder).touch()
             self._signal_workers(signal.SIGTERM)
             self._wait(worker_group, lambda: STOP_LIMIT_S)
         self._passing_on = False
@@ -189,7 +192,7 @@ class Agent(LocalElasticAgent):
         except (RuntimeError, ValueError):  # none, or the machine with the store is gone
             return None
         verdict = Verdict(int(code), None, bool(int(final)))
-        self.blame = blame or self.blame
+        self.blame = blame  # empty: somebody has asked it to stop
         return verdict
 
     def _describe(self, verdict: Verdict) -> str:

@@ -10,10 +10,10 @@ from contextlib import contextmanager
 from sslbench import comm
 from sslbench.config.schema import TrainOptions
 from sslbench.engine.setup import choose_device
-from sslbench.errors import LaunchError, SslbenchError, described
+from sslbench.errors import LaunchError, PreemptedError, SslbenchError, described
 from sslbench.launch.addresses import interface_towards
 from sslbench.launch.environment import is_worker, settle_environment
-from sslbench.launch.report import write_report
+from sslbench.launch.report import is_regrouping, write_report
 
 PEER_TIMEOUT_S = 600.0
 _ROLL_CALL_S = 5.0
@@ -87,6 +87,7 @@ def _reporting() -> Iterator[None]:
         lost = isinstance(error, LostPeersError)
         known: SslbenchError = described(error)
         write_report(known, lost=lost)
-        if lost and is_worker():
+        told_by_launcher = lost or (isinstance(error, PreemptedError) and is_regrouping())
+        if told_by_launcher and is_worker():
             raise SystemExit(int(known.exit_code)) from error
         raise

@@ -12,6 +12,7 @@ import socket
 import time
 from contextlib import suppress
 from datetime import timedelta
+from functools import partial
 from typing import NamedTuple
 
 from torch._C._distributed_c10d import HashStore, Store, TCPStore
@@ -27,11 +28,14 @@ from torch.distributed.elastic.rendezvous.dynamic_rendezvous import create_handl
 from sslbench.errors import LaunchError
 from sslbench.launch.addresses import free_port, is_own_address, own_address
 from sslbench.launch.request import LaunchRequest, Meeting
+from sslbench.meeting import answered
 
 #: Workers then meet at a port of their own, see above. Asked by torch for every rendezvous.
 _SHARE_STORE = "TORCH_DISABLE_SHARE_RDZV_TCP_STORE"
 _ANSWER_S = 60.0
-_ATTEMPT_S = 5.0  # Ctrl-C is not heard in between
+_ATTEMPT_S = 5.0
+_TAKEN_S = 15.0
+"""After which a port of this machine that answers nothing is another program's."""
 _LAST = 1 << 20
 
 
@@ -51,15 +55,15 @@ class Rendezvous(RendezvousHandler):
     def __init__(self, request: LaunchRequest, place: Meeting) -> None:
         fewest, most = request.nodes()
         self._single = most == 1
-        self.first = self._single or is_own_address(place.host)
+        here = self._single or is_own_address(place.host)
+        store, self.first = (HashStore(), True) if self._single else _meet(place, here, request.peer_timeout)
         self._node = Node(
             (0 if self.first else _LAST) if request.node_rank is None else request.node_rank,
-            place.host if self.first else own_address(place.host),
+            place.host if here else own_address(place.host),
             socket.gethostname(),
             os.getpid(),
         )
         self.nodes: list[Node] = [self._node]
-        store = HashStore() if self._single else _meet(place, self.first, request.peer_timeout)
         wait = max(1, round(request.peer_timeout))
         parameters = RendezvousParameters(
             backend="c10d",
@@ -110,18 +114,38 @@ class Rendezvous(RendezvousHandler):
         return self._inner.shutdown()
 
 
-def _meet(place: Meeting, hosting: bool, wait: float) -> Store:
-    """The store on the first machine; another launcher of that machine may have it already."""
-    deadline = time.monotonic() + wait
+def _meet(place: Meeting, here: bool, wait: float) -> tuple[Store, bool]:
+    """The store of all machines, and whether this launcher has it.
+
+    Args:
+        here: whether the place is on this machine, where another launcher may have the store already.
+    """
+    try:
+        socket.getaddrinfo(place.host, place.port)
+    except socket.gaierror as error:
+        raise LaunchError(
+            f"--rdzv-endpoint {place.host}:{place.port}: nothing here knows a machine of this name",
+            hint="name its address, or see to /etc/hosts or the name server",
+        ) from error
+    deadline = time.monotonic() + (min(wait, _TAKEN_S) if here else wait)
     while True:
-        for first in [True, False] if hosting else [False]:
+        for first in [True, False] if here else [False]:
             with suppress(ValueError, RuntimeError):
-                return _store(place, first)
+                return answered(partial(_store, place, first), _ATTEMPT_S + 1.0), first
         if time.monotonic() > deadline:
-            raise LaunchError(
-                f"nobody answers at {place.host}:{place.port} (--rdzv-endpoint)",
-                hint="start the command on the machine with this address, and see that the port is open",
-            )
+            raise _unanswered(place, here)
+
+
+def _unanswered(place: Meeting, here: bool) -> LaunchError:
+    if here:
+        return LaunchError(
+            f"port {place.port} of this machine is in use by another program (--rdzv-endpoint)",
+            hint="name another port, on all machines",
+        )
+    return LaunchError(
+        f"nobody answers at {place.host}:{place.port} (--rdzv-endpoint)",
+        hint="start the command on the machine with this address, and see that the port is open",
+    )
 
 
 def _store(place: Meeting, first: bool) -> Store:

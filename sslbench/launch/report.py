@@ -54,3 +54,13 @@ def read_report(folder: Path, rank: int) -> Report | None:
 def report_file(folder: Path, rank: int) -> Path:
     """Where it is."""
     return folder / f"rank-{rank}.json"
+
+
+def regrouping_file(folder: Path) -> Path:
+    """Is there while workers are stopped only to start again with those of another machine."""
+    return folder / "regrouping"
+
+
+def is_regrouping(environ: Mapping[str, str] = os.environ) -> bool:
+    """Whether that is why this worker was asked to stop."""
+    return FOLDER in environ and regrouping_file(Path(environ[FOLDER])).exists()

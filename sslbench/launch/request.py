@@ -42,8 +42,9 @@ class LaunchRequest:
         """
         if is_worker(environ):
             return False
-        if self.devices is None and self.nnodes is None:
+        if self.nnodes is None:
             self._check_unused()
+        if self.devices is None and self.nnodes is None:
             return False
         self._check_environment(environ)
         self.nodes()
@@ -85,7 +86,8 @@ class LaunchRequest:
 
     def words(self) -> str:
         """The options that start the same processes for another command on this machine."""
-        several = [f"--nnodes {self.nnodes}", f"--rdzv-endpoint {self.rdzv_endpoint}"] if self.nnodes else []
+        several = [f"--nnodes {self.nnodes}", f"--rdzv-endpoint {self.rdzv_endpoint}"]
+        several = several if self.nodes() != (1, 1) else []
         return " ".join([f"--devices {self.devices or AUTO}", *several])
 
     def _check_unused(self) -> None:
@@ -96,7 +98,7 @@ class LaunchRequest:
         }
         for name, value in given.items():
             if value is not None:
-                raise ConfigError(f"{name} is for several machines", hint="add --nnodes N --devices M")
+                raise ConfigError(f"{name} is for several machines", hint="add --nnodes N, or drop it")
 
     def _check_environment(self, environ: Mapping[str, str]) -> None:
         if all(name in environ for name in VARIABLES):
@@ -133,8 +135,9 @@ def meeting(request: LaunchRequest, environ: Mapping[str, str] = os.environ) -> 
     if tasks_of_step(environ) > 1 and endpoint in (None, AUTO):
         name = name or f"slurm-{environ['SLURM_JOB_ID']}.{environ['SLURM_STEP_ID']}"
         return Meeting(first_host(slurm_nodes(environ)), slurm_port(environ), name, announced=False)
-    if request.nodes() == (1, 1) and endpoint is None:
-        return Meeting("127.0.0.1", 0, name or new_launch_id(), announced=False)
+    if request.nodes() == (1, 1):  # wherever they would meet
+        shared = endpoint if endpoint != AUTO else None
+        return Meeting("127.0.0.1", 0, name or shared or new_launch_id(), announced=False)
     if endpoint is None:
         raise ConfigError(
             f"--nnodes {request.nnodes} needs a place where the machines meet",
@@ -143,7 +146,7 @@ def meeting(request: LaunchRequest, environ: Mapping[str, str] = os.environ) -> 
     if endpoint == AUTO:
         return Meeting(own_address(), free_port(), name or new_launch_id(), announced=True)
     host, _, port = endpoint.rpartition(":")
-    if not host or not port.isdigit():
+    if not host or not port.isdigit() or not 0 < int(port) < 65536:
         raise ConfigError(f"--rdzv-endpoint {endpoint}: not HOST:PORT", hint="--rdzv-endpoint 10.0.0.1:29400")
     # The address tells launches apart where the user did not: all machines were given the same one.
     return Meeting(host.strip("[]"), int(port), name or f"{host}:{port}", announced=False)
