@@ -83,6 +83,17 @@ def test_lars_on_every_tensor_as_swav_trains():
     assert torch.equal(module.without_gradient, torch.ones(2))
 
 
+@pytest.mark.parametrize("norm", ["joint", "separate"])
+def test_lars_decays_a_tensor_without_gradient_by_its_ratio_or_not_at_all(norm):
+    """Never by all of wd*w, as torchlars does (0.8). By the joint norm, decay alone has the ratio trust/wd."""
+    module = Vectors(w=torch.ones(4))
+    optimizer = build_optimizer(lars(lars_norm=norm, weight_decay=0.1, lr=2.0, trust=1e-3), None, module, 256)
+    module.w.grad = torch.zeros(4)
+    optimizer.step()
+    left = {"joint": 1 - 2 * 1e-3, "separate": 1.0}[norm]
+    torch.testing.assert_close(module.w.detach(), torch.full((4,), left), rtol=1e-7, atol=0)
+
+
 @pytest.mark.parametrize(("rule", "moved"), [("lr", 2.0), ("lr-squared", 4.0)])
 def test_excluded_parameters_take_plain_or_squared_steps(rule, moved):
     module = Vectors(bias=torch.ones(4))

@@ -244,7 +244,8 @@ def _adapted(weights: list[Tensor], gradients: list[Tensor], group: Mapping[str,
         ratios = (ratios / group["lr"]).clamp(max=1.0) if group["lr"] > 0 else torch.ones_like(ratios)
     # A tensor at zero takes an unscaled step, otherwise it could never leave zero.
     ratios = torch.where(weight_norms > 0, ratios, 1.0)
-    # One without gradient is not decayed either: the published programs adapt and decay together or not at all.
+    # One without gradient is not decayed either: SwAV's program adapts and decays together or not at all.
+    # torchlars, and so SCRL's, would decay it by wd*w without the ratio.
     ratios = torch.where(measured > 0, ratios, 0.0)
     torch._foreach_mul_(updates, list(ratios.unbind()))
     return updates
