@@ -262,6 +262,23 @@ def test_relational_reasoning_and_its_baselines(
     assert getattr(run.backbone.cfg, "stem", None) == ("imagenet" if backbone == "resnet34" else None)
 
 
+@pytest.mark.parametrize(
+    "name",
+    [n for n in registry().recipes if n.split("/")[0] in RELATIONAL and not n.endswith("notebook")],
+)
+def test_relational_reasoning_keeps_each_quarter(name: str) -> None:
+    core = composed(name).core
+    assert core.checkpoint.keep_epochs == core.train.epochs // 4
+
+
+@pytest.mark.parametrize("name", ["cifar10", "cifar100"])
+def test_the_mean_of_logarithms_differs_in_the_loss_alone(name: str) -> None:
+    one, other = (composed(f"simclr/{name}-resnet32-200ep{end}") for end in ("", "-meanlog"))
+    ours, theirs = one.essence(), other.essence()
+    assert {key for key in ours if ours[key] != theirs[key]} == {"method.loss"}
+    assert (ours["method.loss"], theirs["method.loss"]) == ("log-mean", "mean-log")
+
+
 @pytest.mark.parametrize("name", [n for n in registry().recipes if n.split("/")[0] in (*RELATIONAL, "random")])
 def test_linear_evaluation_of_relational_reasoning(name: str) -> None:
     linear: Any = composed(name).evals["linear"]

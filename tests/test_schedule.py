@@ -62,6 +62,25 @@ def test_step_changes_after_each_milestone():
     assert values[75:] == pytest.approx([0.01] * 25)
 
 
+@pytest.mark.parametrize(
+    ("epochs", "falls"), [(25, (12, 18)), (50, (25, 37)), (199, (99, 149)), (200, (100, 150)), (300, (150, 225))]
+)
+def test_steps_by_epochs_fall_at_whole_epochs(epochs, falls):
+    """Relational reasoning's supervised bound: x0.1 at int(0.5 T) and int(0.75 T)."""
+    options = OptimOptions(schedule="step", milestones=(0.5, 0.75), gamma=0.1, advance="epoch")
+    values = rates(options, 3 * epochs, 3)
+    expected = [0.1 ** sum(epoch >= fall for fall in falls) for epoch in range(epochs) for _ in range(3)]
+    assert values == pytest.approx(expected)
+
+
+def test_steps_by_epochs_survive_rounding_and_short_runs():
+    options = OptimOptions(schedule="step", milestones=(0.29,), gamma=0.1, advance="epoch")
+    values = rates(options, 100, 1)  # 0.29 * 100 is a little less than 29
+    assert (values[28], values[29]) == pytest.approx((1.0, 0.1))
+    assert rates(options, 3, 10) == [1.0] * 3
+    assert rates(options, 4, 2) == pytest.approx([1.0, 1.0, 0.1, 0.1])
+
+
 def test_warmup_may_be_fractional():
     values = rates(OptimOptions(schedule="constant", warmup_epochs=0.5), 10, 5)
     assert values[:3] == pytest.approx([0.4, 0.8, 1.0])

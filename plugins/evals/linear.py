@@ -64,7 +64,7 @@ class LinearConfig(EvalOptions):
     warmup_epochs: float = Field(0.0, ge=0)
     """Length of the linear warm-up."""
     milestones: tuple[float, ...] = (0.6, 0.8)
-    """Step: fractions of the training."""
+    """Step: fractions of the training; with `advance: epoch`, rounded down to whole epochs, at least one."""
     gamma: float = Field(0.1, gt=0)
     """Step: the factor at each milestone."""
     init: Literal["uniform", "normal"] = "uniform"

@@ -6,8 +6,9 @@ and with a random sign where it has two directions. Policy, magnitudes and pixel
 Gansbeke et al. (arXiv 2106.05967):
 
 - the threshold of solarisation falls from 256 to 0 in ten linear steps, where newer torchvision begins at 255;
-- shears hold the centre and a magnitude m is an angle, so rows move by tan(m), as torchvision did it before 2022; since
-  then shears hold the top row and rows move by m. That theirs are the older ones is inferred from the date, June 2021.
+- shears hold the centre and a magnitude m is an angle, so rows move by tan(m), as in torchvision before 2022;
+  since then shears hold the top row and rows move by m. That theirs are the older ones is inferred from their date,
+  June 2021.
 """
 
 from __future__ import annotations

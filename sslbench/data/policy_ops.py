@@ -114,9 +114,10 @@ def rotate(images: Tensor, degrees: Tensor) -> Tensor:
 
 
 def shear_x(images: Tensor, angle: Tensor) -> Tensor:
-    """Shift each row to the left by tan(``angle``) times its distance below the centre; what is uncovered is black.
+    """Shift each row to the left by tan(``angle``) times its distance below the centre; the uncovered is black.
 
-    ``angle`` is in radians.
+    Args:
+        angle: in radians.
     """
     slope = angle.double().tan()
     zero, one = torch.zeros_like(slope), torch.ones_like(slope)

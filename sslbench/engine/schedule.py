@@ -33,8 +33,7 @@ def learning_rate(options: OptimOptions, *, peak: float, step: int, steps: int, 
     if options.schedule == "cosine":
         return peak * _cosine((now - warmup) / (steps - warmup), options.final_lr)
     if options.schedule == "step":
-        passed = sum(step / steps >= milestone for milestone in options.milestones)
-        return peak * options.gamma**passed
+        return peak * options.gamma ** _milestones_passed(options, step, steps, steps_per_epoch)
     return peak
 
 
@@ -56,6 +55,15 @@ def _now(options: OptimOptions, step: int, steps_per_epoch: int) -> int:
     if options.advance == "elapsed":
         return step
     return step // steps_per_epoch * steps_per_epoch
+
+
+def _milestones_passed(options: OptimOptions, step: int, steps: int, steps_per_epoch: int) -> int:
+    """How often the rate has fallen; between epochs alone if time is counted in epochs."""
+    if options.advance != "epoch":
+        return sum(step / steps >= milestone for milestone in options.milestones)
+    epochs = steps / steps_per_epoch
+    falls = (max(1, math.floor(milestone * epochs + 1e-6)) for milestone in options.milestones)
+    return sum(step // steps_per_epoch >= epoch for epoch in falls)
 
 
 def _warmup(options: OptimOptions, now: int, warmup: float) -> float:
