@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -86,11 +87,40 @@ def test_variables_of_torchrun_win_over_those_of_slurm() -> None:
     assert {name: environ[name] for name in ours} == ours
 
 
-def test_a_variable_that_is_no_number_is_named() -> None:
-    with pytest.raises(LaunchError, match="RANK=first"):
-        settle_environment(
-            {"RANK": "first", "WORLD_SIZE": "2", "LOCAL_RANK": "0", "MASTER_ADDR": "a", "MASTER_PORT": "1"}
-        )
+PLACE = {"RANK": "0", "WORLD_SIZE": "2", "LOCAL_RANK": "0", "MASTER_ADDR": "a", "MASTER_PORT": "29500"}
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "why"),
+    [
+        ("RANK", "first", "not a number"),
+        ("RANK", "-1", "not a number"),
+        ("RANK", "1.0", "not a number"),
+        ("RANK", "²", "not a number"),
+        ("RANK", "2", "not below WORLD_SIZE=2"),
+        ("RANK", "3", "not below WORLD_SIZE=2"),
+        ("WORLD_SIZE", "-2", "not a number"),
+        ("WORLD_SIZE", "two", "not a number"),
+        ("WORLD_SIZE", "0", "no processes"),
+        ("LOCAL_RANK", "-1", "not a number"),
+        ("LOCAL_RANK", "2", "not below WORLD_SIZE=2"),
+        ("MASTER_PORT", "0", "not a port"),
+        ("MASTER_PORT", "65536", "not a port"),
+    ],
+)
+def test_a_place_that_cannot_be_is_refused_by_name(name: str, value: str, why: str) -> None:
+    assert settle_environment(dict(PLACE))
+    with pytest.raises(LaunchError, match=f"has {name}={value}, which is {why}") as caught:
+        settle_environment(PLACE | {name: value})
+    assert "torchrun" in (caught.value.hint or "")
+    assert caught.value.exit_code == 6
+
+
+def test_a_rank_beyond_the_world_ends_at_once(cli: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, value in {**PLACE, "RANK": "3", "MASTER_ADDR": "127.0.0.1"}.items():
+        monkeypatch.setenv(name, value)
+    found = cli("pretrain", "--method", "random", "--dataset", "digits", "--backbone", "conv4", check=6)
+    assert "RANK=3, which is not below WORLD_SIZE=2" in found.stderr
 
 
 @pytest.mark.parametrize(

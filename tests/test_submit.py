@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import inspect
 import json
 import os
 import pickle
+import re
 import shlex
 import signal
 import sys
@@ -12,6 +14,7 @@ import threading
 import time
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Literal
 
 import pytest
 import torch
@@ -20,8 +23,9 @@ from faults_kit import Command, command, run_dir, status
 from sslbench.commands.joblines import _new_run
 from sslbench.commands.options import Session
 from sslbench.commands.submitting import _pairs
+from sslbench.errors import ConfigError
 from sslbench.launch.slurm_job import FailedRun, Task, launch_environment
-from sslbench.launch.submission import Ending, JobLine, Resources, Submitted, parameters, wait
+from sslbench.launch.submission import LOCAL_REQUEUES, Ending, JobLine, Resources, Submitted, parameters, wait
 from sslbench.plugin.catalog import Catalog
 
 __all__ = ["command"]
@@ -142,12 +146,79 @@ def test_results_that_a_file_system_shows_late_count(tmp_path: Path) -> None:
             "--partition, --account, --array-limit",
         ),
         (f"--cluster pbs pretrain {TINY}", 2, "no such cluster"),
+        ("pretrain --help", 2, "shows something and runs nothing: sslbench pretrain --help"),
+        ("eval --help", 2, "type it without submit"),
+        (f"--hours 0.05 pretrain {TINY}", 2, "--save-seconds 120 is not below half of the time limit of 180 s"),
+        (f"--hours 0.001 --save-seconds 10 pretrain {TINY}", 2, "Next: --hours"),
     ],
 )
 def test_what_cannot_run_is_not_submitted(command: Command, line: str, code: int, says: str) -> None:
     local = "" if "--cluster" in line else "--cluster local"
     assert says in command(f"submit {local} {line}", code).err
     assert not Path("runs/.jobs").exists()
+
+
+def resources(hours: float, save_seconds: int) -> Resources:
+    return Resources(1, 1, False, 1, None, hours, save_seconds, 10)
+
+
+@pytest.mark.parametrize(
+    ("hours", "save_seconds", "advice"),
+    [
+        (1, 7200, "--save-seconds 900, or --hours 4.017"),
+        (1, 1800, "--save-seconds 900, or --hours 1.017"),
+        (0.01, 120, "--save-seconds 15, or --hours 0.084"),
+        (0.01, 30, "--save-seconds 15, or --hours 0.034"),
+    ],
+)
+@pytest.mark.parametrize("cluster", ["slurm", "local"])
+def test_a_run_is_not_told_to_save_in_the_first_half_of_its_time(
+    cluster: Literal["slurm", "local"], hours: float, save_seconds: int, advice: str
+) -> None:
+    with pytest.raises(ConfigError, match=rf"--save-seconds {save_seconds} .*--hours {hours:g}") as caught:
+        parameters(cluster, "exp", resources(hours, save_seconds))
+    if cluster == "slurm":  # which counts in minutes
+        assert caught.value.hint == advice
+    for option, value in re.findall(r"--(\S+) ([0-9.]+)", caught.value.hint or ""):
+        changed = {"hours": hours, "save_seconds": save_seconds} | {option.replace("-", "_"): float(value)}
+        assert parameters(cluster, "exp", resources(changed["hours"], int(changed["save_seconds"])))
+
+
+def test_a_job_on_this_machine_goes_on_as_often_as_it_can(command: Command) -> None:
+    line = f"--dry-run pretrain {TINY}"
+    assert "5 times at most" in command(f"submit --cluster local --requeues 6 {line}").err
+    assert "at most" not in command(f"submit --cluster local --requeues 5 {line}").err
+    assert "at most" not in command(f"submit --cluster local {line}").err
+    assert "at most" not in command(f"submit --cluster slurm --requeues 20 {line}").err
+
+
+def test_submitit_starts_a_job_on_this_machine_once_more_than_it_goes_on() -> None:
+    from submitit.local.local import Controller
+
+    assert inspect.signature(Controller.run).parameters["max_retry"].default == LOCAL_REQUEUES + 1
+
+
+@pytest.mark.parametrize(
+    ("result", "log", "code"),
+    [
+        ("UncompletedJobError: Job not requeued because: timed-out too many times.", "", 75),
+        (None, "submitit INFO - Requeued job 12 (3 remaining timeouts)\n", 75),
+        (None, "Killed\n", 6),
+        ("FailedRun: exit code 7", "Requeued job 12 (3 remaining timeouts)\n", 7),
+    ],
+)
+def test_a_job_without_time_left_tells_how_to_go_on(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, result: str | None, log: str, code: int
+) -> None:
+    monkeypatch.setattr("sslbench.launch.submission._LATE_FILES_S", 0.0)
+    paths = SimpleNamespace(result_pickle=tmp_path / "result.pkl", stdout=tmp_path / "log")
+    paths.stdout.write_text(log)
+    if result is not None:
+        paths.result_pickle.write_bytes(pickle.dumps(("error", result)))
+    job = SimpleNamespace(num_tasks=1, task=lambda number: SimpleNamespace(paths=paths), done=lambda: True)
+    ((_, ending),) = wait("local", [Submitted(job, JobLine("one", "one", (), run=tmp_path / "one"))])
+    assert ending.code == code
+    assert ("submit ... -- pretrain --resume one" in ending.tail) == (code == 75)
 
 
 def test_without_slurm_or_submitit_the_error_says_what_to_do(
@@ -274,6 +345,19 @@ def test_a_job_at_its_time_limit_saves_and_goes_on_to_the_same_bits(command: Com
     whole, parts = weights("whole"), weights("parts")
     assert all(torch.equal(whole[key], parts[key]) for key in whole)
     assert len(list(Path("runs").glob("parts*"))) == 1
+
+
+@pytest.mark.slow
+def test_a_job_whose_time_is_used_up_is_continued_by_what_it_says(command: Command) -> None:
+    limits = "--cluster local --wait --hours 0.012 --save-seconds 20 --requeues 0"
+    found = command(f"submit {limits} pretrain {TINY} train.epochs=100000 run.name=long", 75)
+    assert "time limits are used up" in found.err
+    assert "submit ... -- pretrain --resume long" in found.err
+    (log,) = Path("runs/.jobs/long").glob("*.out")
+    assert "does not go back into the queue any more. To go on: sslbench submit" in log.read_text()
+    assert status("long") == "KILLED"
+    (job,) = plan(command, "pretrain --resume long")["jobs"]
+    assert words(job)[-2:] == ["--resume", "long"]
 
 
 @pytest.mark.slow

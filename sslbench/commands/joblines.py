@@ -6,6 +6,7 @@ import contextlib
 import io
 import json
 import os
+import shlex
 import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -44,7 +45,7 @@ def job_lines(context: typer.Context, words: Sequence[str]) -> list[JobLine]:
                 f"{word}: the cluster starts the processes",
                 hint="write it before the command: sslbench submit --nodes N --devices N -- pretrain ...",
             )
-    composed = _compose(context, [*_globals(session), *words])
+    composed = _compose(context, _globals(session), words)
     if command == "eval":
         return [_evaluation(context, words, composed[0])]
     return _pretraining(session, words, composed)
@@ -53,13 +54,22 @@ def job_lines(context: typer.Context, words: Sequence[str]) -> list[JobLine]:
 _USUAL = "sslbench submit --devices 8 -- pretrain --recipe NAME --seeds 1,2,3"
 
 
-def _compose(context: typer.Context, words: Sequence[str]) -> list[dict[str, Any]]:
+def _compose(context: typer.Context, own: Sequence[str], words: Sequence[str]) -> list[dict[str, Any]]:
     """What the command's own dry run says, once per run."""
     printed = io.StringIO()
     program: Any = context.find_root().command
     with contextlib.redirect_stdout(printed):
-        program.main([*words, "--dry-run", "--json"], standalone_mode=False)
-    return list(_documents(printed.getvalue()))
+        program.main([*own, *words, "--dry-run", "--json"], standalone_mode=False)
+    try:
+        found = list(_documents(printed.getvalue()))
+    except json.JSONDecodeError:
+        found = []
+    if not found:
+        raise ConfigError(
+            f"this command shows something and runs nothing: sslbench {shlex.join(words)}",
+            hint="type it without submit, and submit what runs: " + _USUAL,
+        )
+    return found
 
 
 def _documents(text: str) -> Iterator[dict[str, Any]]:

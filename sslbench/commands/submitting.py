@@ -38,10 +38,15 @@ def submit(
     mem: Annotated[float | None, typer.Option(min=0, help="GB of memory on each node; 0: all of it.")] = None,
     hours: Annotated[float, typer.Option(min=0.001, help="Time limit of a job.")] = 12.0,
     requeues: Annotated[
-        int, typer.Option(min=0, help="How often a job may reach its time limit, save, and go on later.")
+        int,
+        typer.Option(
+            min=0,
+            help="How often a job may reach its time limit, save, and go on later; on this machine 5 at most.",
+        ),
     ] = 10,
     save_seconds: Annotated[
-        int, typer.Option(min=10, help="How long before the time limit a run is told to save.")
+        int,
+        typer.Option(min=10, help="How long before the time limit a run is told to save: less than half of it."),
     ] = 120,
     partition: Annotated[str | None, typer.Option(help="Slurm's partition.")] = None,
     account: Annotated[str | None, typer.Option(help="Slurm's account.")] = None,
@@ -87,7 +92,7 @@ def submit(
         mem=mem,
         hours=hours,
         save_seconds=save_seconds,
-        requeues=requeues,
+        requeues=_requeues(context, chosen, requeues),
         partition=partition,
         account=account,
         array_limit=array_limit,
@@ -106,6 +111,19 @@ def submit(
         print_json([_described(one, None) for one in submitted])
     if wait:
         _wait(chosen, submitted, as_json)
+
+
+def _requeues(context: typer.Context, cluster: str, wanted: int) -> int:
+    """What the cluster can do of it."""
+    from sslbench.engine.console import Console
+    from sslbench.launch.submission import LOCAL_REQUEUES
+
+    if cluster == "slurm" or wanted <= LOCAL_REQUEUES:
+        return wanted
+    asked = context.get_parameter_source("requeues")
+    if asked is not None and asked.name == "COMMANDLINE":
+        Console().info(f"--requeues {wanted}: on this machine a job goes on {LOCAL_REQUEUES} times at most")
+    return LOCAL_REQUEUES
 
 
 def _pairs(words: Sequence[str]) -> dict[str, str | bool]:

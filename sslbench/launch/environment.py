@@ -10,11 +10,14 @@ import os
 import re
 import signal
 from collections.abc import Mapping, MutableMapping
+from typing import NoReturn
 
 from sslbench.errors import LaunchError
 
 VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
 _OURS = VARIABLES[:3]
+_NUMBERS = (*_OURS, "MASTER_PORT")
+_LAST_PORT = 65535
 
 #: Set by our launcher in its workers: the id of the launch, the launcher's process, the folder for reports.
 LAUNCH, LAUNCHER, FOLDER = "SSLBENCH_LAUNCH", "SSLBENCH_LAUNCHER", "SSLBENCH_LAUNCH_FOLDER"
@@ -32,7 +35,7 @@ def settle_environment(environ: MutableMapping[str, str] = os.environ) -> bool:
     """Whether several processes were started to run together; Slurm's variables are then put into torchrun's.
 
     Raises:
-        LaunchError: some of the variables are missing or are no numbers.
+        LaunchError: some of the variables are missing, are no numbers, or contradict each other.
     """
     if LAUNCHER in environ:
         _die_with(int(environ[LAUNCHER]))
@@ -50,10 +53,30 @@ def settle_environment(environ: MutableMapping[str, str] = os.environ) -> bool:
             f"the environment has {given}, but not {', '.join(missing)}: this is only part of a launch",
             hint=f"start with --devices N or torchrun, which set all of them, or: unset {' '.join(_OURS)}",
         )
-    for name in VARIABLES:
-        if name != "MASTER_ADDR" and not environ[name].isdigit():
-            raise LaunchError(f"the environment has {name}={environ[name]}, which is not a number")
+    _check_numbers(environ)
     return True
+
+
+def _check_numbers(environ: Mapping[str, str]) -> None:
+    """Ranks that cannot be would wait for each other until the timeout."""
+    for name in _NUMBERS:
+        if not re.fullmatch("[0-9]+", environ[name]):
+            _refuse(name, environ[name], "not a number from 0 on")
+    world = int(environ["WORLD_SIZE"])
+    if world == 0:
+        _refuse("WORLD_SIZE", environ["WORLD_SIZE"], "no processes at all")
+    for name in ("RANK", "LOCAL_RANK"):
+        if int(environ[name]) >= world:
+            _refuse(name, environ[name], f"not below WORLD_SIZE={world}: ranks are counted from 0")
+    if not 0 < int(environ["MASTER_PORT"]) <= _LAST_PORT:
+        _refuse("MASTER_PORT", environ["MASTER_PORT"], f"not a port from 1 to {_LAST_PORT}")
+
+
+def _refuse(name: str, value: str, why: str) -> NoReturn:
+    raise LaunchError(
+        f"the environment has {name}={value}, which is {why}",
+        hint=f"start with --devices N or torchrun, which set it, or: unset {' '.join(_OURS)}",
+    )
 
 
 def is_worker(environ: Mapping[str, str] = os.environ) -> bool:

@@ -91,9 +91,15 @@ class RunJob:
         Raises:
             FailedRun: of any other exit code.
         """
+        from submitit.core.utils import UncompletedJobError
+
         task = _this_task(self.requeued)
         decision = self._decide(task) if task.rank == 0 else self._decided(task)
-        code = self._run(decision, task)
+        try:
+            code = self._run(decision, task)
+        except UncompletedJobError:
+            _say(f"the job does not go back into the queue any more. {go_on(self.run)}")
+            raise
         if code == ExitCode.PREEMPTED and task.slurm:
             # Stopped, but not by the end of our time: Slurm is about to end or requeue the job. A job that ends
             # by itself would not be started again.
@@ -109,7 +115,7 @@ class RunJob:
         """What submitit calls, in a signal handler of the first task, before it requeues the job."""
         from submitit.helpers import DelayedSubmission
 
-        _say("the job's time is over: the run saves its state and goes back into the queue")
+        _say("the job's time is over: the run saves its state, to go on when the job starts again")
         _stop(_children, self.patience)
         return DelayedSubmission(replace(self, requeued=self.requeued + 1))
 
@@ -148,6 +154,13 @@ class RunJob:
             code = _await(child)
         _children.clear()
         return 128 - code if code < 0 else code
+
+
+def go_on(run: Path | None) -> str:
+    """What to type when a job is not started again by itself."""
+    if run is not None:
+        return f"To go on: sslbench submit ... -- pretrain --resume {run.name}"
+    return "To go on, submit it again, with more --hours or --requeues"
 
 
 _children: list[int] = []

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import re
 import shutil
@@ -15,7 +16,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from sslbench.errors import ConfigError, ExitCode, LaunchError
-from sslbench.launch.slurm_job import RunJob
+from sslbench.launch.slurm_job import RunJob, go_on
 
 Cluster = Literal["slurm", "local"]
 
@@ -27,6 +28,9 @@ _OF_A_JOB = ("SLURM_", "SLURMD_", "SRUN_", "SUBMITIT_")
 _OF_THE_SITE = ("SLURM_CONF", "SLURM_CLUSTERS")
 _OF_A_LAUNCH = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 _MINUTES_PER_HOUR = 60
+_LEAST_SAVE_S = 10
+LOCAL_REQUEUES = 5
+"""submitit starts a job on this machine six times at most."""
 
 
 @dataclass(frozen=True)
@@ -134,8 +138,28 @@ def choose_cluster(wanted: str, *, needed: bool) -> Cluster:
 
 
 def parameters(cluster: Cluster, name: str, resources: Resources) -> dict[str, Any]:
-    """What submitit's executor is told; for Slurm these are parameters of ``sbatch``."""
+    """What submitit's executor is told; for Slurm these are parameters of ``sbatch``.
+
+    Raises:
+        ConfigError: they contradict each other, or are not for this cluster.
+    """
+    seconds = 60 * (resources.minutes if cluster == "slurm" else resources.hours * _MINUTES_PER_HOUR)
+    _refuse_more_saving_than_running(resources, seconds)
     return _slurm(name, resources) if cluster == "slurm" else _local(name, resources)
+
+
+def _refuse_more_saving_than_running(resources: Resources, seconds: float) -> None:
+    """A job that is told to save right at its start goes back into the queue again and again."""
+    if resources.save_seconds < seconds / 2:
+        return
+    least_hours = (2 * resources.save_seconds // 60 + 1) / _MINUTES_PER_HOUR
+    fits = seconds / 2 > _LEAST_SAVE_S
+    raise ConfigError(
+        f"--save-seconds {resources.save_seconds} is not below half of the time limit of {seconds:.0f} s "
+        f"(--hours {resources.hours:g})",
+        hint=(f"--save-seconds {max(_LEAST_SAVE_S, int(seconds / 4))}, or " if fits else "")
+        + f"--hours {math.ceil(1000 * least_hours) / 1000:g}",
+    )
 
 
 def _slurm(name: str, resources: Resources) -> dict[str, Any]:
@@ -172,7 +196,7 @@ def _local(name: str, resources: Resources) -> dict[str, Any]:
         "timeout_min": minutes,
         "tasks_per_node": resources.devices,
         "gpus_per_node": resources.devices if resources.gpus else 0,
-        "signal_delay_s": min(resources.save_seconds, round(minutes * 30)),
+        "signal_delay_s": resources.save_seconds,
         "stderr_to_stdout": True,
         "setup": list(resources.setup) or None,
     }
@@ -277,7 +301,7 @@ def wait(cluster: Cluster, submitted: Sequence[Submitted]) -> Iterator[tuple[Sub
         _await_results(gone)
         for one in gone:
             left.remove(one)
-            yield one, _ending(one)
+            yield one, _ending(one, cluster)
         time.sleep(_POLL_S if left else 0)
 
 
@@ -306,16 +330,28 @@ def _not_queued(jobs: Sequence[Submitted]) -> list[Submitted]:
     return [one for one in jobs if one.id not in queued]
 
 
-def _ending(one: Submitted) -> Ending:
+def _ending(one: Submitted, cluster: Cluster) -> Ending:
     """The exit code of the first task that failed."""
     from submitit.core.utils import pickle_load
 
     for path in _results(one):
         outcome, what = pickle_load(path) if path.exists() else ("error", "")
+        if outcome == "error" and _ran_out(what, one.log, cluster):
+            return Ending(ExitCode.PREEMPTED, f"its time limits are used up. {go_on(one.line.run)}")
         if outcome == "error":
             found = re.search(r"FailedRun: exit code (\d+)", what)
             return Ending(int(found[1]) if found else ExitCode.LAUNCH, _tail(one.log, what))
     return Ending(ExitCode.OK, "")
+
+
+def _ran_out(result: str, log: Path, cluster: Cluster) -> bool:
+    """Whether a job would have gone back into the queue, had it not been there too often.
+
+    submitit says so, or leaves no result: on this machine it counts starts as well, which it does not tell.
+    """
+    return "timed-out too many times" in result or (
+        cluster == "local" and not result and "Requeued job" in _tail(log, "")
+    )
 
 
 def _tail(log: Path, otherwise: str, lines: int = 20) -> str:
