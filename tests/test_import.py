@@ -55,16 +55,17 @@ def head(prefix: str, *names: str) -> dict[str, Tensor]:
     return {f"{prefix}{name}": torch.ones(3) for name in names}
 
 
-def swav(net: nn.Module) -> Content:
-    heads = head(
-        "module.projection_head.", "0.weight", "0.bias", "1.weight", "1.running_mean", "3.weight", "3.bias"
-    )
-    return {**trunk(net, "module."), **heads, "module.prototypes.weight": torch.ones(5, 3)}
+def swav(net: Any) -> Content:
+    vectors = head("module.projection_head.", "0.bias", "1.weight", "1.running_mean", "3.bias")
+    shapes = {"projection_head.0": (7, net.fc.in_features), "projection_head.3": (3, 7), "prototypes": (5, 3)}
+    matrices = {f"module.{key}.weight": torch.ones(shape) for key, shape in shapes.items()}
+    return {**trunk(net, "module."), **vectors, **matrices}
 
 
-def deepcluster_v2(net: nn.Module) -> Content:
+def deepcluster_v2(net: Any) -> Content:
     """As training writes it: three prototype heads, optimiser, epoch."""
-    heads = head("module.", *(f"prototypes.prototypes{n}.weight" for n in range(3)), "projection_head.0.weight")
+    heads = {f"module.prototypes.prototypes{n}.weight": torch.ones(5 + n, 3) for n in range(3)}
+    heads["module.projection_head.weight"] = torch.ones(3, net.fc.in_features)
     optimizer = {"state": {}, "param_groups": [{"lr": 4.8, "momentum": 0.9}]}
     return {"state_dict": {**trunk(net, "module."), **heads}, "epoch": 400, "optimizer": optimizer, "amp": {}}
 
@@ -244,6 +245,22 @@ def test_what_is_missing_or_unexpected_or_misshaped_is_listed(folder: Path) -> N
     assert "1 missing: layer1.0.bn1.weight" in message
     assert "1 unexpected: decoder.weight" in message
     assert "1 of another shape: conv1.weight [64, 3, 3, 3] instead of [64, 3, 7, 7]" in message
+
+
+@pytest.mark.parametrize(
+    ("key", "shape", "complaint"),
+    [
+        ("projection_head.0.weight", (7, 2048), "[7, 2048] instead of [7, 512]"),
+        ("projection_head.3.weight", (3, 9), "[3, 9] instead of [3, 7]"),
+        ("prototypes.weight", (5, 4), "[5, 4] instead of [5, 3]"),
+    ],
+)
+def test_a_head_and_prototypes_that_do_not_follow_the_backbone_are_refused(
+    key: str, shape: tuple[int, int], complaint: str, folder: Path
+) -> None:
+    content = swav(network())
+    content[f"module.{key}"] = torch.ones(shape)
+    assert f"1 of another shape: {key} {complaint}" in refused(content, folder)
 
 
 def test_another_network_and_half_a_network_are_refused(folder: Path) -> None:

@@ -17,10 +17,11 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from sslbench.engine.checkpoint import load_tensors
 from sslbench.errors import CheckpointError, did_you_mean
+from sslbench.plugin.api import Backbone
 
 _NUMPY_SCALAR = np.float64(0).__reduce__()[0]
 #: Old training programs saved these beside the weights. They hold data and run nothing.
@@ -54,6 +55,9 @@ class Layout:
     """Regular expressions at the start of a key, behind the prefix, with what they become."""
     ignored: Mapping[str, str] = field(default_factory=dict)
     """What is no part of the backbone: its name in messages and the pattern of its keys."""
+    projection: str = ""
+    """Pattern of the ignored matrices that follow the backbone and each other; all other ignored ones follow the
+    last of them. They are not loaded, but must fit. Empty: not looked at."""
     uses_labels: bool = False
     """Whether such weights were trained with labels."""
     doubtful_entry: str = ""
@@ -108,6 +112,7 @@ LAYOUTS = (
         entries=("", "state_dict"),
         marks=("projection_head.*", "prototypes.*"),
         ignored={"projection_head": "projection_head.*", "prototypes": "prototypes.*"},
+        projection="projection_head.*",
     ),
     Layout(
         "torchvision",
@@ -139,6 +144,8 @@ class Weights:
     """How long it was trained, if the file says so."""
     doubtful: bool = False
     """Whether they may have been trained with labels, for all that the file says."""
+    behind: Mapping[str, tuple[int, int]] = field(default_factory=dict)
+    """Shapes of the ignored matrices, where the layout says how they follow the backbone."""
 
 
 def read_weights(file: Path, layout: str = "auto") -> Weights:
@@ -161,7 +168,7 @@ def read_weights(file: Path, layout: str = "auto") -> Weights:
     )
 
 
-def load_into(backbone: nn.Module, weights: Weights, file: Path) -> int:
+def load_into(backbone: Backbone, weights: Weights, file: Path) -> int:
     """Load all of a backbone, or refuse.
 
     Returns:
@@ -172,7 +179,8 @@ def load_into(backbone: nn.Module, weights: Weights, file: Path) -> int:
     """
     wanted = backbone.state_dict()
     counters = {key for key in wanted if key.endswith(_COUNTER) and key not in weights.tensors}
-    findings = [*_findings(weights, {key: value for key, value in wanted.items() if key not in counters})]
+    needed = {key: value for key, value in wanted.items() if key not in counters}
+    findings = [*_findings(weights, needed, backbone.dim)]
     if findings:
         name = getattr(backbone, "name", type(backbone).__name__)
         raise CheckpointError(
@@ -185,7 +193,7 @@ def load_into(backbone: nn.Module, weights: Weights, file: Path) -> int:
     return len(counters)
 
 
-def _findings(weights: Weights, wanted: Mapping[str, Tensor]) -> Iterator[str]:
+def _findings(weights: Weights, wanted: Mapping[str, Tensor], dim: int) -> Iterator[str]:
     found = weights.tensors
     missing = [key for key in wanted if key not in found]
     unexpected = [*weights.unknown, *(key for key in found if key not in wanted)]
@@ -199,11 +207,23 @@ def _findings(weights: Weights, wanted: Mapping[str, Tensor]) -> Iterator[str]:
     for what, keys in (
         ("missing", missing),
         ("unexpected", unexpected),
-        ("of another shape", shapes),
+        ("of another shape", [*shapes, *_misfits(weights, dim)]),
         ("with values that are no finite numbers", broken),
     ):
         if keys:
             yield f"{len(keys)} {what}: {_some(keys)}"
+
+
+def _misfits(weights: Weights, width: int) -> Iterator[str]:
+    """Matrices behind the backbone that do not take what the one before gives."""
+    projection = weights.layout.projection
+    for key, (rows, columns) in sorted(
+        weights.behind.items(), key=lambda item: not fnmatchcase(item[0], projection)
+    ):
+        if columns != width:
+            yield f"{key} {[rows, columns]} instead of {[rows, width]}"
+        if fnmatchcase(key, projection):
+            width = rows
 
 
 def _read(file: Path) -> Mapping[Any, Any]:
@@ -264,10 +284,13 @@ def _sort(layout: Layout, tensors: Mapping[str, Tensor], content: Mapping[Any, A
     ours: dict[str, Tensor] = {}
     unknown: list[str] = []
     ignored: Counter[str] = Counter()
+    behind: dict[str, tuple[int, int]] = {}
     for key, value in tensors.items():
         other = next((what for what, pattern in layout.ignored.items() if fnmatchcase(key, pattern)), None)
         if other:
             ignored[other] += 1
+            if layout.projection and value.ndim == 2:
+                behind[key] = (value.shape[0], value.shape[1])
         elif not key.startswith(layout.prefix):
             unknown.append(key)
         else:
@@ -275,7 +298,7 @@ def _sort(layout: Layout, tensors: Mapping[str, Tensor], content: Mapping[Any, A
     epochs = content.get("epoch")
     known = epochs if isinstance(epochs, int) and not isinstance(epochs, bool) and epochs > 0 else None
     doubtful = bool(layout.doubtful_entry) and layout.doubtful_entry in content
-    return Weights(layout, ours, tuple(unknown), dict(ignored), known, doubtful)
+    return Weights(layout, ours, tuple(unknown), dict(ignored), known, doubtful, behind)
 
 
 def _rename(key: str, renames: Iterable[tuple[str, str]]) -> str:
