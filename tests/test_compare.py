@@ -165,6 +165,9 @@ def test_an_overview_ranks_in_its_first_line(tmp_path: Path) -> None:
             write_result(transferred, 99.0, version=2)
     text = overview(compare(load_results(tmp_path)))
     assert text.splitlines()[0] == "test v1, toy, top1: **simclr** 70.00 > **byol** 60.00"
+    write_run(tmp_path, method="supervised", top1=95.0, uses_labels=True)
+    (line, *_) = overview(compare(load_results(tmp_path))).splitlines()
+    assert line.endswith("**simclr** 70.00 > **byol** 60.00; with labels: **supervised** 95.00")
     assert overview(compare([])) == "No finished evaluation yet."
 
 

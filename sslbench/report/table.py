@@ -47,14 +47,18 @@ def overview(comparison: Comparison) -> str:
     """Markdown whose first line ranks the models, followed by the whole table.
 
     The ranking is by the column that most models have, the first of those: a transfer of one model ranks nobody.
+    Models trained with labels stand behind it, as upper bounds.
     """
     if not comparison.columns or not comparison.rows:
         return "No finished evaluation yet."
     column = max(comparison.columns, key=lambda column: sum(column in row.cells for row in comparison.rows))
     scored = [(row, cell) for row in comparison.rows if (cell := row.cells.get(column)) is not None]
     scored.sort(key=lambda pair: pair[1].mean, reverse=column.direction == "max")
-    ranking = " > ".join(f"**{row.method}** {cell}" for row, cell in scored[:_RANKED])
-    line = f"{column.protocol} v{column.version}, {column.dataset}, {column.metric}: {ranking}"
+    named = [(row.uses_labels, f"**{row.method}** {cell}") for row, cell in scored]
+    ranking = " > ".join([words for labels, words in named if not labels][:_RANKED])
+    bounds = ", ".join([words for labels, words in named if labels][:_RANKED])
+    places = "; ".join(filter(None, [ranking, bounds and f"with labels: {bounds}"]))
+    line = f"{column.protocol} v{column.version}, {column.dataset}, {column.metric}: {places}"
     return f"{line}\n\n{to_markdown(comparison)}"
 
 
