@@ -117,7 +117,7 @@ def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="one case, to see that it works")
     parser.add_argument("--out", type=Path, help="folder of the results (default: benchmarks/results)")
-    parser.add_argument("--cases", nargs="+", help="names of cases (default: all)")
+    parser.add_argument("--cases", nargs="+", help="names of cases (default: all; none: published times alone)")
     parser.add_argument("--no-published", action="store_true", help="this machine only")
     parser.add_argument("--child", choices=list(CHILDREN), help=argparse.SUPPRESS)
     parser.add_argument("--rows", type=int, default=0, help=argparse.SUPPRESS)
@@ -267,14 +267,15 @@ def _speed_lines(samples: Sequence[dict[str, Any]]) -> Iterator[str]:
 def _published_lines(published: Sequence[dict[str, Any]]) -> Iterator[str]:
     yield "16-bit numbers unless fp32 is written. Published times include work between epochs and waiting."
     yield ""
-    yield "| run | devices | published s/epoch | predicted | error | device hours of 100 epochs | source |"
-    yield "|:--|:--|--:|--:|--:|--:|:--|"
+    head = "| run | devices | published s/epoch | predicted | error | device hours of 100 epochs | GB/device |"
+    yield f"{head} source |"
+    yield "|:--|:--|--:|--:|--:|--:|--:|:--|"
     for p in published:
         found, real = p["predicted"]["seconds_per_epoch"], p["seconds_per_epoch"]
         hours = found * 100 / 3600 * p["devices"]
         yield (
             f"| {p['what']} | {p['devices']} {p['kind']} | {real:,.0f} | {found:,.0f} | {found / real - 1:+.0%} "
-            f"| {hours:,.0f} | {p['source']} |"
+            f"| {hours:,.0f} | {p['predicted']['needed_bytes'] / 1e9:.1f} | {p['source']} |"
         )
 
 
