@@ -6,6 +6,7 @@ import argparse
 import json
 import os
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +25,7 @@ from sslbench.engine.checkpoint import read_meta
 from sslbench.engine.console import Console
 from sslbench.engine.foreign import LAYOUTS, load_into, read_weights
 from sslbench.engine.importing import Imported, import_weights, plan_import
-from sslbench.errors import CheckpointError
+from sslbench.errors import CheckpointError, DataError
 from sslbench.plugin.catalog import Catalog
 
 Content = dict[str, Any]
@@ -346,6 +347,34 @@ def test_files_that_labels_may_have_trained_ask_for_uses_labels(
     plan = plan_import(Catalog(), load_registry(find_registry()), file, ["backbone.name=conv4"], uses_labels=given)
     import_weights(plan, Catalog(), folder / "runs", Console())
     assert ("--uses-labels" in capsys.readouterr().err) is warned
+
+
+def test_an_unlabelled_data_set_need_not_be_here(cli: Cli, folder: Path) -> None:
+    """Nothing is evaluated on COCO; what asks for it all the same is told what is missing."""
+    file, recipe = saved(plain(network()), folder), "moco/coco-r50-200ep"
+    run_dir = bring_in(file, "backbone.name=resnet18", recipe=recipe).run_dir
+    record = json.loads((run_dir / "run.json").read_text())
+    assert (record["tags"]["sslbench.dataset"], record["params"]["dataset.name"]) == ("coco", "coco")
+    (path,) = run_dir.glob("checkpoints/step-*")
+    meta = read_meta(path, verify=True)
+    assert (meta.dataset, meta.mean, meta.backbone.image_size) == ("coco", (0.485, 0.456, 0.406), 224)
+    with pytest.raises(DataError, match="data set 'coco' is not under nowhere"):
+        bring_in(file, "backbone.name=resnet18", "dataset.root=nowhere", recipe=recipe)
+    assert "dataset.root   required" in cli("eval", "knn", "last", check=2).stderr
+
+
+@pytest.mark.parametrize(
+    ("recipe", "labelled"), [("swav/imagenet-r50-200ep", True), ("moco/coco-r50-200ep", False)]
+)
+def test_only_the_files_of_labelled_data_sets_are_needed(recipe: str, labelled: bool, folder: Path) -> None:
+    plan = partial(plan_import, Catalog(), load_registry(find_registry()), folder / "weights.pth", recipe=recipe)
+    if labelled:
+        with pytest.raises(ConfigProblems, match=r"dataset\.root"):
+            plan([])
+    else:
+        assert plan([]).dataset_key == "coco"
+        with pytest.raises(ConfigProblems, match=r"dataset\.root"):
+            plan(["dataset.images=unlabeled2017"])  # which is not called coco
 
 
 def test_layouts_have_a_name_of_their_own() -> None:

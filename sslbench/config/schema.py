@@ -159,8 +159,8 @@ class OptimOptions(Options):
     final_lr: float = Field(0.0, ge=0)
     """Cosine: last value, as a fraction of the peak."""
     milestones: tuple[float, ...] = (0.5, 0.75)
-    """Step: fractions of the run after which the rate is multiplied by `gamma`; with `advance: epoch`, rounded down
-    to whole epochs, at least one."""
+    """Step: fractions of the run after which the rate is multiplied by `gamma`; with `advance: epoch`, rounded
+    down to whole epochs, at least one."""
     gamma: float = Field(0.1, gt=0)
     """Step: the factor at each milestone."""
 

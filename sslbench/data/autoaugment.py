@@ -7,8 +7,8 @@ Gansbeke et al. (arXiv 2106.05967):
 
 - the threshold of solarisation falls from 256 to 0 in ten linear steps, where newer torchvision begins at 255;
 - shears hold the centre and a magnitude m is an angle, so rows move by tan(m), as in torchvision before 2022;
-  since then shears hold the top row and rows move by m. That theirs are the older ones is inferred from their date,
-  June 2021.
+  since then shears hold the top row and rows move by m. That theirs are the older ones is inferred from the
+  date, June 2021.
 """
 
 from __future__ import annotations

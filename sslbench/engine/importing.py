@@ -62,8 +62,8 @@ class ImportPlan:
     recipe: str | None
     backbone_name: str
     backbone: Backbone
-    dataset: Dataset | None
-    """What they were trained on, if that is known and here."""
+    dataset_key: str | None
+    """What they were trained on, if that is known."""
     run: RunOptions
     mean: Color
     std: Color
@@ -131,7 +131,9 @@ def plan_import(
     size = image_size or (dataset.info.size if dataset else None) or DEFAULT_SIZE
     name = tree["backbone"]["name"]
     named: Tree = {"backbone": {"name": name, **plain(cfg)}}
-    named |= {"dataset": {"name": tree["dataset"]["name"], **plain(dataset_cfg)}} if dataset else {}
+    dataset_name = tree.get("dataset", {}).get("name")
+    if dataset_name is not None:
+        named["dataset"] = {"name": dataset_name, **(plain(dataset_cfg) if dataset else {})}
     return ImportPlan(
         file=file,
         layout=layout,
@@ -139,7 +141,7 @@ def plan_import(
         recipe=recipe,
         backbone_name=name,
         backbone=catalog.load("backbone", name)(cfg, size),
-        dataset=dataset,
+        dataset_key=dataset.key if dataset else dataset_name,
         run=sections["run"],
         mean=mean or (dataset.info.mean if dataset else IMAGENET_MEAN),
         std=std or (dataset.info.std if dataset else IMAGENET_STD),
@@ -177,7 +179,7 @@ def _method_uses_labels(catalog: Catalog, registry: Registry, recipe: str) -> bo
 
 
 def _validated(catalog: Catalog, tree: Tree, recipe: str | None) -> dict[str, Any]:
-    """Typed options by section; the data set's are None if none is named."""
+    """Typed options by section; the data set's are None if none is named or its name is enough."""
     origin = f"recipe {recipe} or command line" if recipe else "command line"
     problems = [
         Problem(key, f"unknown section{did_you_mean(key, _SECTIONS)}", origin)
@@ -191,7 +193,9 @@ def _validated(catalog: Catalog, tree: Tree, recipe: str | None) -> dict[str, An
         values = dict(tree.get(kind, {}))
         name = values.pop("name", None)
         if name is not None:
-            models[kind] = (catalog.load(kind, name).Config, values)
+            cls = catalog.load(kind, name)
+            if kind != "dataset" or values or not _not_needed(cls):
+                models[kind] = (cls.Config, values)
         elif values or kind == "backbone":
             problems.append(Problem(f"{kind}.name", f"required; pass --{kind} NAME", "nothing set it"))
     models |= {
@@ -205,6 +209,15 @@ def _validated(catalog: Catalog, tree: Tree, recipe: str | None) -> dict[str, An
     typed = {key: cfg for key, (cfg, _) in checked.items() if not key.startswith("evals.")}
     evals = {key.removeprefix("evals."): cfg for key, (cfg, _) in checked.items() if key.startswith("evals.")}
     return {"dataset": None, **typed, "evals": evals}
+
+
+def _not_needed(cls: type[Dataset]) -> bool:
+    """Whether a data set has no labels, so that nothing is evaluated on it, and must be told where it lies.
+
+    Its name is enough then; what does need it asks for the rest.
+    """
+    required = any(field.is_required() for field in cls.Config.model_fields.values())
+    return required and cls.published is not None and not cls.published.classes
 
 
 def import_weights(plan: ImportPlan, catalog: Catalog, root: Path, console: Console) -> Imported:
@@ -270,7 +283,7 @@ def _meta(plan: ImportPlan, weights: foreign.Weights, label: str, sha256: str, c
             dim=backbone.dim,
             stride=backbone.stride,
         ),
-        dataset=plan.dataset.key if plan.dataset else UNKNOWN,
+        dataset=plan.dataset_key or UNKNOWN,
         dataset_fingerprint=UNKNOWN,  # whatever lies here now, nobody can tell what they were trained on
         mean=plan.mean,
         std=plan.std,
@@ -288,7 +301,7 @@ def _open_tracker(
     console: Console,
     plugins: Identities,
 ) -> Tracker:
-    dataset = plan.dataset.key if plan.dataset else UNKNOWN
+    dataset = plan.dataset_key or UNKNOWN
     origin = {"file": str(plan.file.resolve()), "sha256": sha256, "layout": weights.layout.name}
     config_hash = _config_hash(plan, sha256)
     tags = {
@@ -310,7 +323,7 @@ def _open_tracker(
         root=root,
         name=plan.run.name or f"import-{weights.layout.name}-{plan.backbone_label.replace(':', '_')}-{stamp}",
         kind="import",
-        experiment=plan.run.experiment or (dataset if plan.dataset else "imported"),
+        experiment=plan.run.experiment or plan.dataset_key or "imported",
         tracking_uri=plan.run.tracking_uri,
         parent=None,
         params=plan.sections | {"import": origin},
