@@ -9,7 +9,7 @@ import pytest
 
 from sslbench.config.compose import Composed, Layer, compose
 from sslbench.config.registry import Recipe, Registry, find_registry, load_registry
-from sslbench.engine.schedule import peak_lr
+from sslbench.engine.schedule import learning_rate, peak_lr
 from sslbench.plugin.catalog import Catalog
 
 CATALOG = Catalog()
@@ -235,6 +235,11 @@ def test_moco_with_one_change_at_a_time() -> None:
 
 
 RELATIONAL = ("relationnet", "simclr", "rotationnet", "deepinfomax", "deepcluster", "supervised")
+OF_RELATIONAL = [
+    name
+    for name in registry().recipes
+    if name.split("/")[0] in (*RELATIONAL, "random") and "/imagenet-" not in name
+]
 SETTINGS = [  # data set, its name in recipes, backbone, epochs
     ("cifar10", "cifar10", "conv4", 200),
     ("cifar10", "cifar10", "resnet32", 200),
@@ -263,8 +268,7 @@ def test_relational_reasoning_and_its_baselines(
 
 
 @pytest.mark.parametrize(
-    "name",
-    [n for n in registry().recipes if n.split("/")[0] in RELATIONAL and not n.endswith("notebook")],
+    "name", [n for n in OF_RELATIONAL if not n.startswith("random/") and not n.endswith("notebook")]
 )
 def test_relational_reasoning_keeps_each_quarter(name: str) -> None:
     core = composed(name).core
@@ -279,7 +283,15 @@ def test_the_mean_of_logarithms_differs_in_the_loss_alone(name: str) -> None:
     assert (ours["method.loss"], theirs["method.loss"]) == ("log-mean", "mean-log")
 
 
-@pytest.mark.parametrize("name", [n for n in registry().recipes if n.split("/")[0] in (*RELATIONAL, "random")])
+def test_the_supervised_control_falls_at_epochs_30_60_and_80() -> None:
+    optim = composed("supervised/imagenet-r50-90ep").core.optim
+    clock = {"steps": 900, "steps_per_epoch": 10}
+    rates = [learning_rate(optim, peak=0.1, step=10 * epoch, **clock) for epoch in range(90)]
+    assert [epoch for epoch in range(1, 90) if rates[epoch] < rates[epoch - 1]] == [30, 60, 80]
+    assert rates[-1] == pytest.approx(1e-4)
+
+
+@pytest.mark.parametrize("name", OF_RELATIONAL)
 def test_linear_evaluation_of_relational_reasoning(name: str) -> None:
     linear: Any = composed(name).evals["linear"]
     epochs = 10 if name.endswith("notebook") else 100
