@@ -6,8 +6,8 @@ multi-crop (section 3.2). As in the authors' program the loss is divided by the 
 their predictors, where equation 6 sums. The queue is one for all ranks, where theirs has a part on each.
 
 A loss that stays at the logarithm of ``prototypes`` means collapse. Remedies, in the authors' order: lower
-``epsilon``, raise ``freeze_steps``, tune rate, batch and views, ``hard: true``, ``head_norm: false``, fewer views or
-weaker augmentation, a shorter or later queue, fewer ``prototypes``.
+``epsilon``, raise ``freeze_steps``, tune rate, batch and views, ``hard: true``, ``head_norm: false``, fewer views
+or weaker augmentation, a shorter or later queue, fewer ``prototypes``.
 """
 
 from __future__ import annotations
