@@ -300,8 +300,8 @@ def test_a_shared_configuration_imports_and_installs_nothing(
         command(f"config {method} --config shared.yaml", code=_refused(text))
         assert not (workdir / "mark").exists(), text
     assert "evil" not in set(sys.modules) - before
-    command("config --method simclr -p evil.py", code=0)
-    assert (workdir / "mark").exists()  # named on the command line it is
+    command("config --method simclr -p evil.py", code=3)  # it offers nothing
+    assert (workdir / "mark").exists()  # but named on the command line it is imported
 
 
 def _refused(text: str) -> int:
