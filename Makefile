@@ -41,7 +41,7 @@ test: $(VENV)/.installed-dev lint
 slow: $(VENV)/.installed-dev
 	$(BIN)/python -m pytest -q -m 'slow and not cluster' -n 2
 
-# Launches, jobs and worlds of several processes: about an hour on two cores.
+# Launches, jobs and worlds of several processes: a quarter of an hour on two cores that do nothing else.
 cluster: $(VENV)/.installed-dev
 	$(BIN)/python -m pytest -q -m cluster -n 2
 
