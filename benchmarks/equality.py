@@ -27,7 +27,7 @@ from sslbench.testing.trial import QUANTITIES
 _SMALL = {"hidden": 16, "out_dim": 8}
 _CLUSTERS = {**_SMALL, "prototypes": (6, 5, 4)}
 _MOCO = {**_SMALL, "knn_weight": 0.4, "knn_topk": 3}
-#: For methods that a usual step takes past a bend, such as a ReLU's corner, on one side or the other by rounding.
+#: Barlow: correlations of so few rows bend within a usual step. SeLa-v2: rounding takes it past a ReLU's corner.
 _SHORT_STEPS = {"optim": {"lr": 1e-4}}
 _ONE_GROUP = {"train": {"sync_bn": True}}
 
