@@ -7,6 +7,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
+from functools import partial
 from itertools import count
 from threading import Event, Thread
 from typing import TypeVar
@@ -180,10 +181,10 @@ class Meeting:
             DistStoreError: another rank is not heard of any more.
         """
         left, looked, pause = list(range(self.of.world)), 0.0, 0.001
-        while left := answered(lambda left=left: self._at_work(left), self.of.timeout):  # type: ignore[misc]
+        while left := answered(partial(self._at_work, left), self.of.timeout):
             if time.monotonic() > looked + _BEAT_S:
                 looked = time.monotonic()
-                answered(lambda left=left: self._listen(left), self.of.timeout)  # type: ignore[misc]
+                answered(partial(self._listen, left), self.of.timeout)
             time.sleep(pause)
             pause = min(2 * pause, _POLL_S)
 
